@@ -1,0 +1,10 @@
+//! The lab: nodes, pods and traffic in network namespaces; load, measurement and reports.
+//!
+//! [`topology`] says what a lab consists of, [`standing`] builds and removes it, [`traffic`] is the load generator,
+//! [`bench`] measures.
+#![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod standing;
+pub mod topology;
+pub mod traffic;

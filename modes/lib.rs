@@ -1,0 +1,2 @@
+//! The program: command line, choice of mode, agent, proxy start-up. The only place that names both backends.
+#![forbid(unsafe_code)]
