@@ -1,2 +1,7 @@
-//! .
-fn main() {}
+//! The chained CNI plugin.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ambidex::cni::main()
+}
