@@ -1,0 +1,143 @@
+//! The lab's links, addresses and routes as input for `ip -batch`, one text per network namespace.
+//!
+//! A pod is wired as the `ptp` CNI plugin does it: the node's end of each veth has the gateway's address as a /32, the
+//! node has one /32 route per pod, the pod reaches its gateway on-link and everything else through it.
+
+use std::net::Ipv4Addr;
+
+use super::{Node, OUTSIDE, Topology};
+
+/// MTU of the links between nodes and to the outside: that of an ordinary Ethernet.
+const MTU: u16 = 1500;
+
+/// One veth from a node to a pod or proxy.
+#[derive(Debug, Clone, Copy)]
+pub struct Attachment<'a> {
+    /// Node-side device.
+    pub veth: &'a str,
+    /// Namespace of the other end, `eth0` there.
+    pub netns: &'a str,
+    /// Address of the other end.
+    pub ip: Ipv4Addr,
+    /// The node's address towards it.
+    pub gateway: Ipv4Addr,
+}
+
+impl Node {
+    /// All attachments of the node: its proxy and its pods.
+    pub fn attachments(&self) -> Vec<Attachment<'_>> {
+        let proxy = Attachment {
+            veth: &self.proxy_veth,
+            netns: &self.proxy_netns,
+            ip: self.proxy_ip,
+            gateway: self.pod_gateway,
+        };
+        let pods = self.pods.iter().map(|pod| Attachment {
+            veth: &pod.veth,
+            netns: &pod.netns,
+            ip: pod.ip,
+            gateway: self.pod_gateway,
+        });
+        std::iter::once(proxy).chain(pods).collect()
+    }
+}
+
+impl Attachment<'_> {
+    /// For `ip -batch` in the node's namespace.
+    pub fn node_side(&self) -> String {
+        let Self {
+            veth,
+            netns,
+            ip,
+            gateway,
+        } = self;
+        format!(
+            "link add {veth} type veth peer name eth0 netns {netns}\n\
+             address add {gateway}/32 dev {veth}\n\
+             link set {veth} up\n\
+             route add {ip}/32 dev {veth} scope link\n"
+        )
+    }
+
+    /// For `ip -batch` in the pod's or proxy's namespace, after [`Attachment::node_side`].
+    pub fn pod_side(&self) -> String {
+        let Self { ip, gateway, .. } = self;
+        format!(
+            "link set lo up\n\
+             address add {ip}/32 dev eth0\n\
+             link set eth0 up\n\
+             route add {gateway}/32 dev eth0 scope link\n\
+             route add default via {gateway} dev eth0\n"
+        )
+    }
+}
+
+impl Topology {
+    /// All batches in the order in which they must run: (namespace, input of `ip -batch`).
+    pub fn ip_batches(&self) -> Vec<(String, String)> {
+        let mut batches = vec![(self.outside_netns.clone(), self.outside_links())];
+        for node in &self.nodes {
+            let mut batch = self.node_links(node);
+            for attachment in node.attachments() {
+                batch.push_str(&attachment.node_side());
+            }
+            batches.push((node.netns.clone(), batch));
+        }
+        for node in &self.nodes {
+            for attachment in node.attachments() {
+                batches.push((attachment.netns.to_owned(), attachment.pod_side()));
+            }
+        }
+        batches
+    }
+
+    /// The outside host makes the veths to the nodes, so that it runs first and needs nothing of them.
+    fn outside_links(&self) -> String {
+        let mut batch = format!("link set lo up\naddress add {OUTSIDE}/32 dev lo\n");
+        for node in &self.nodes {
+            let Node {
+                name,
+                netns,
+                outside_gateway,
+                ..
+            } = node;
+            batch.push_str(&format!(
+                "link add {name} mtu {MTU} type veth peer name eth1 mtu {MTU} netns {netns}\n\
+                 address add {outside_gateway}/24 dev {name}\n\
+                 link set {name} up\n"
+            ));
+        }
+        batch
+    }
+
+    /// The first node makes the uplink; the others find their end.
+    fn node_links(&self, node: &Node) -> String {
+        let mut batch = "link set lo up\n".to_owned();
+        for peer in self.nodes.iter().filter(|peer| peer.index > node.index) {
+            let netns = &peer.netns;
+            batch.push_str(&format!(
+                "link add eth0 mtu {MTU} type veth peer name eth0 mtu {MTU} netns {netns}\n"
+            ));
+        }
+        let Node {
+            address,
+            outside_address,
+            outside_gateway,
+            ..
+        } = node;
+        batch.push_str(&format!(
+            "address add {address}/24 dev eth0\n\
+             link set eth0 up\n\
+             address add {outside_address}/24 dev eth1\n\
+             link set eth1 up\n\
+             route add default via {outside_gateway} dev eth1\n"
+        ));
+        for peer in self.nodes.iter().filter(|peer| peer.index != node.index) {
+            let Node {
+                pod_cidr, address, ..
+            } = peer;
+            batch.push_str(&format!("route add {pod_cidr} via {address} dev eth0\n"));
+        }
+        batch
+    }
+}

@@ -1,0 +1,258 @@
+//! What a user chooses about a lab.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// A lab as a user orders it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LabSpec {
+    /// Name: 1 to 6 of `a-z0-9`.
+    pub name: String,
+    /// How pods are captured.
+    pub mode: Mode,
+    /// Node capture: how much goes through the overlay.
+    pub node_flow: NodeFlow,
+    /// In-pod capture: which rules.
+    pub inpod_rules: InpodRules,
+    /// Node capture: which overlay device.
+    pub overlay: Overlay,
+    /// Node capture: connections between two pods of a node.
+    pub same_node: SameNode,
+    /// How pods are connected to their node.
+    pub cni: Cni,
+    /// Pods per node that are captured; one more that never is comes on top. 2 to 180.
+    pub pods_per_node: u8,
+    /// Agent and proxy each in a mount and a pid namespace of their own, as on a cluster.
+    pub isolate: bool,
+    /// The programs that the lab runs.
+    pub programs: Programs,
+    /// Additional environment of agents and proxies.
+    pub daemon_env: BTreeMap<String, String>,
+    /// Additional arguments of agents.
+    pub agent_args: Vec<String>,
+    /// Additional arguments of proxies.
+    pub proxy_args: Vec<String>,
+}
+
+/// Executables that the lab runs. Mode `none` runs neither.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Programs {
+    /// The program with the subcommands `agent`, `proxy` and `lab traffic`.
+    pub ambidex: PathBuf,
+    /// The chained CNI plugin.
+    pub ambidex_cni: PathBuf,
+}
+
+impl Programs {
+    /// The program that is running, and the plugin in the same directory.
+    ///
+    /// # Errors
+    /// When the operating system cannot tell the path of the running program.
+    pub fn of_this_process() -> std::io::Result<Self> {
+        Ok(Self::beside(&std::env::current_exe()?))
+    }
+
+    /// `ambidex` at this path, and the plugin in the same directory.
+    pub fn beside(ambidex: &Path) -> Self {
+        Self {
+            ambidex: ambidex.to_path_buf(),
+            ambidex_cni: ambidex.with_file_name("ambidex-cni"),
+        }
+    }
+}
+
+/// A specification that no lab can be built from.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// The name cannot be part of the names of namespaces.
+    #[error("lab name {0:?}: want 1 to 6 of a-z and 0-9")]
+    Name(String),
+    /// Too few pods for the service, or too many for the node's prefix.
+    #[error("{0} pods per node: want 2 to 180")]
+    PodsPerNode(u8),
+    /// Not one of the words that a setting has.
+    #[error("{setting} {word:?}: want one of {words}")]
+    Word {
+        /// What the word was for.
+        setting: &'static str,
+        /// The word.
+        word: String,
+        /// The words that it has.
+        words: String,
+    },
+}
+
+impl LabSpec {
+    /// A lab with defaults in everything but its name, mode and programs.
+    pub fn new(name: impl Into<String>, mode: Mode, programs: Programs) -> Self {
+        Self {
+            name: name.into(),
+            mode,
+            node_flow: NodeFlow::Hybrid,
+            inpod_rules: InpodRules::Redirect,
+            overlay: Overlay::Auto,
+            same_node: SameNode::Hbone,
+            cni: Cni::Routed,
+            pods_per_node: 2,
+            isolate: true,
+            programs,
+            daemon_env: BTreeMap::new(),
+            agent_args: Vec::new(),
+            proxy_args: Vec::new(),
+        }
+    }
+
+    /// Checks what the type does not.
+    ///
+    /// # Errors
+    /// Names the first setting that no lab can have.
+    pub fn validate(&self) -> Result<(), SpecError> {
+        validate_name(&self.name)?;
+        if !(2..=180).contains(&self.pods_per_node) {
+            return Err(SpecError::PodsPerNode(self.pods_per_node));
+        }
+        Ok(())
+    }
+
+    /// A name that no other lab of this process and no lab of another living process has, if that process also names
+    /// its labs so: the process id and a counter, both in base 36.
+    pub fn unique_name() -> String {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let count = COUNTER.fetch_add(1, Ordering::Relaxed) % 36;
+        format!("{}{}", base36(std::process::id()), base36(count))
+    }
+}
+
+/// Checks that `name` can be a lab's name.
+///
+/// # Errors
+/// When it cannot.
+pub fn validate_name(name: &str) -> Result<(), SpecError> {
+    let fits = (1..=6).contains(&name.len());
+    if fits
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    {
+        Ok(())
+    } else {
+        Err(SpecError::Name(name.to_owned()))
+    }
+}
+
+fn base36(mut number: u32) -> String {
+    const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
+    let mut digits = Vec::new();
+    loop {
+        digits.push(char::from(DIGITS[(number % 36) as usize]));
+        number /= 36;
+        if number == 0 {
+            return digits.iter().rev().collect();
+        }
+    }
+}
+
+/// Settings that are written as one of a few words: on the command line, in files, in results.
+macro_rules! words {
+    ($($(#[$doc:meta])* $setting:literal $type:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)+ })+) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum $type {
+            $($(#[$variant_doc])* #[serde(rename = $word)] $variant,)+
+        }
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(match self { $(Self::$variant => $word,)+ })
+            }
+        }
+        impl FromStr for $type {
+            type Err = SpecError;
+            fn from_str(word: &str) -> Result<Self, SpecError> {
+                match word {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err(SpecError::Word {
+                        setting: $setting,
+                        word: word.to_owned(),
+                        words: [$($word),+].join(", "),
+                    }),
+                }
+            }
+        }
+    )+};
+}
+
+words! {
+    /// How the pods of a lab are captured.
+    "mode" Mode {
+        /// Not at all: no agent, no proxy, no plugin.
+        None = "none",
+        /// By the node.
+        Node = "node",
+        /// In the pods.
+        Inpod = "inpod",
+        /// Pods with an odd number by the node, with an even one in the pod, by one proxy.
+        Mixed = "mixed",
+    }
+    /// How one pod is captured.
+    "capture" Capture {
+        /// By the node.
+        Node = "node",
+        /// In the pod.
+        Inpod = "inpod",
+    }
+    /// How much of a connection the node capture sends through the overlay.
+    "node flow" NodeFlow {
+        /// The first packets.
+        Hybrid = "hybrid",
+        /// All.
+        Tunnel = "tunnel",
+    }
+    /// Which rules capture inside a pod.
+    "in-pod rules" InpodRules {
+        /// nat REDIRECT.
+        Redirect = "redirect",
+    }
+    /// The overlay device of the node capture.
+    "overlay" Overlay {
+        /// geneve where the kernel has it, else vxlan.
+        Auto = "auto",
+        /// geneve or nothing.
+        Geneve = "geneve",
+        /// vxlan in geneve's shape.
+        Vxlan = "vxlan",
+    }
+    /// How the node capture connects two pods of a node.
+    "same-node path" SameNode {
+        /// Through HBONE.
+        Hbone = "hbone",
+        /// Inside the proxy's process.
+        Direct = "direct",
+    }
+    /// How pods are connected to their node.
+    "CNI" Cni {
+        /// A veth and a /32 host route each.
+        Routed = "routed",
+    }
+}
+
+impl Mode {
+    /// How a pod with this name is captured.
+    pub fn of_pod(self, name: &str) -> Option<Capture> {
+        let odd = name
+            .bytes()
+            .last()
+            .is_some_and(|last| last.is_ascii_digit() && (last - b'0') % 2 == 1);
+        match self {
+            Mode::None => None,
+            Mode::Node => Some(Capture::Node),
+            Mode::Inpod => Some(Capture::Inpod),
+            Mode::Mixed if odd => Some(Capture::Node),
+            Mode::Mixed => Some(Capture::Inpod),
+        }
+    }
+}
