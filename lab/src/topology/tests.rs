@@ -104,7 +104,12 @@ fn local_xds_has_the_keys_of_the_field() {
     }
     let text = topology.local_xds().to_yaml().unwrap();
     let found: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
-    let workload = |name: &str, namespace: &str, account: &str, ip: &str, protocol: &str, node: &str| {
+    let workload = |name: &str,
+                    namespace: &str,
+                    account: &str,
+                    ip: &str,
+                    protocol: &str,
+                    node: &str| {
         json!({
             "uid": format!("Kubernetes//Pod/{namespace}/{name}"), "name": name, "namespace": namespace,
             "serviceAccount": account, "workloadIps": [ip], "protocol": protocol, "node": node,
