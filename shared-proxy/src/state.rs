@@ -1,1 +1,20 @@
-//! state.
+//! What the proxy knows of the mesh: workloads, services, policies.
+//!
+//! A [`Snapshot`] is immutable and indexed; the [`Store`] holds the one in force and tells subscribers of a next one.
+//! Snapshots are made from a file in the field's LOCAL_XDS form ([`local_xds`]).
+
+mod address;
+pub mod balancing;
+pub mod local_xds;
+pub mod policy;
+pub mod service;
+pub mod snapshot;
+pub mod store;
+pub mod workload;
+
+pub use address::{InvalidAddress, NamespacedHostname, NetworkAddress};
+pub use policy::{Policy, authorize};
+pub use service::Service;
+pub use snapshot::{Snapshot, SnapshotError};
+pub use store::Store;
+pub use workload::Workload;
