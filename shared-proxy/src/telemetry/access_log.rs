@@ -1,0 +1,96 @@
+//! One event per connection, written when it ends. Target `access`; a filter directive such as `access=off` silences it.
+
+use std::net::SocketAddr;
+
+use tracing::Level;
+
+use super::connection::{Fixed, Late};
+use super::{ConnectionError, Direction};
+
+/// Target of the events.
+pub const TARGET: &str = "access";
+
+/// Bytes that a connection moved, in the connection's own terms.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moved {
+    /// Client towards destination.
+    pub sent: u64,
+    /// Destination towards client.
+    pub received: u64,
+}
+
+/// The end of an opened connection: INFO without an error, ERROR with one. A key without a value is left out.
+///
+/// `bytes_sent` and `bytes_recv` are what the reporting workload sent and received. The source sends what its connection
+/// sends; at the destination it is the other way round, hence the swap.
+pub(super) fn complete(fixed: &Fixed, late: &Late, moved: Moved, error: Option<&ConnectionError>) {
+    let enabled = match error {
+        None => tracing::enabled!(target: TARGET, Level::INFO),
+        Some(_) => tracing::enabled!(target: TARGET, Level::ERROR),
+    };
+    if !enabled {
+        return;
+    }
+    let (bytes_sent, bytes_recv) = match fixed.direction {
+        Direction::Outbound => (moved.sent, moved.received),
+        Direction::Inbound => (moved.received, moved.sent),
+    };
+    let source = &fixed.source;
+    let destination = &late.destination;
+    let source_identity = source.identity.as_ref().map(ToString::to_string);
+    let destination_identity = destination.identity.as_ref().map(ToString::to_string);
+    let duration = format!("{}ms", fixed.started.elapsed().as_millis());
+    macro_rules! event {
+        ($level:expr) => {
+            tracing::event!(
+                target: TARGET,
+                $level,
+                {
+                    src.addr = %source.addr,
+                    src.workload = source.workload.as_deref().map(|w| &*w.name),
+                    src.namespace = source.workload.as_deref().map(|w| &*w.namespace),
+                    src.identity = source_identity.as_deref(),
+                    dst.addr = %destination.addr,
+                    dst.hbone_addr = late.hbone_addr.map(tracing::field::display),
+                    dst.service = late.service.as_deref().map(|s| &*s.hostname),
+                    dst.workload = destination.workload.as_deref().map(|w| &*w.name),
+                    dst.namespace = destination.workload.as_deref().map(|w| &*w.namespace),
+                    dst.identity = destination_identity.as_deref(),
+                    direction = fixed.direction.as_str(),
+                    capture_mode = fixed.capture_mode,
+                    bytes_sent = bytes_sent,
+                    bytes_recv = bytes_recv,
+                    duration = &*duration,
+                    error = error.map(tracing::field::display)
+                },
+                "connection complete"
+            )
+        };
+    }
+    match error {
+        None => event!(Level::INFO),
+        Some(_) => event!(Level::ERROR),
+    }
+}
+
+/// A connection that was refused before it was opened.
+pub(super) fn refused(
+    direction: Direction,
+    capture_mode: &'static str,
+    client: SocketAddr,
+    destination: Option<SocketAddr>,
+    reason: &ConnectionError,
+) {
+    tracing::event!(
+        target: TARGET,
+        Level::WARN,
+        {
+            src.addr = %client,
+            dst.addr = destination.map(tracing::field::display),
+            direction = direction.as_str(),
+            capture_mode = capture_mode,
+            error = %reason
+        },
+        "connection failed"
+    );
+}
