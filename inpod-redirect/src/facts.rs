@@ -1,1 +1,37 @@
-//! facts.
+//! Names and numbers of the in-pod capture: the field's (Istio since 1.24), unless marked as ours.
+
+use std::net::Ipv4Addr;
+
+use host_net::plan::MarkMatch;
+
+/// On every socket that the proxy makes in a pod's namespace.
+pub const MARK_PROXY: MarkMatch = MarkMatch {
+    value: 0x539,
+    mask: 0xfff,
+};
+/// Packet and connection mark of answers to the proxy's sockets that speak with a client's address.
+pub const MARK_RETURN: MarkMatch = MarkMatch {
+    value: 0x111,
+    mask: 0xfff,
+};
+
+/// Preference of the rule that makes answers local.
+pub const RULE_RETURN: u32 = 32764;
+/// Routing table in the pod: everything is local.
+pub const TABLE_LOCAL: u32 = 100;
+
+/// Chain entered from PREROUTING.
+pub const PREROUTING_CHAIN: &str = "ISTIO_PRERT";
+/// Chain entered from OUTPUT.
+pub const OUTPUT_CHAIN: &str = "ISTIO_OUTPUT";
+/// Chain on the node, entered from POSTROUTING.
+pub const POSTROUTING_CHAIN: &str = "ISTIO_POSTRT";
+/// Ours: ip6tables chain (filter) that drops what enters the pod by IPv6.
+pub const V6_INPUT_CHAIN: &str = "AMBIDEX_V6_IN";
+/// Ours: ip6tables chain (filter) that drops what leaves the pod by IPv6.
+pub const V6_OUTPUT_CHAIN: &str = "AMBIDEX_V6_OUT";
+
+/// Source address of the node's own connections to captured pods, probes first of all.
+pub const PROBE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+/// Set on the node: captured pods.
+pub const PROBES_SET: &str = "istio-inpod-probes-v4";

@@ -1,0 +1,228 @@
+//! The iptables rules of the node capture, spelled as `iptables-save` prints them.
+
+use super::*;
+
+const PREROUTING: &str = "ztunnel-PREROUTING";
+const INPUT: &str = "ztunnel-INPUT";
+const FORWARD: &str = "ztunnel-FORWARD";
+const OUTPUT: &str = "ztunnel-OUTPUT";
+const POSTROUTING: &str = "ztunnel-POSTROUTING";
+
+fn marked(mark: MarkMatch) -> String {
+    format!("-m mark --mark {mark}")
+}
+
+fn connection_marked(mark: MarkMatch) -> String {
+    format!("-m connmark --mark {mark}")
+}
+
+fn set_mark(mark: MarkMatch) -> String {
+    format!("-j MARK --set-xmark {mark}")
+}
+
+fn set_connection_mark(mark: MarkMatch) -> String {
+    format!("-j CONNMARK --set-xmark {mark}")
+}
+
+fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
+    Step::Chain(Chain {
+        family: Family::V4,
+        table,
+        name: name.to_owned(),
+        rules,
+        jump: Some(Jump {
+            from: from.to_owned(),
+            position: Position::First,
+        }),
+    })
+}
+
+/// The chains on the node.
+pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
+    let accept = || vec![format!("{} -j ACCEPT", marked(MARK_OUTBOUND))];
+    vec![
+        chain(
+            Table::Mangle,
+            PREROUTING,
+            "PREROUTING",
+            host_prerouting(facts, flow),
+        ),
+        chain(Table::Mangle, INPUT, "INPUT", save_connection_marks()),
+        chain(Table::Mangle, FORWARD, "FORWARD", save_connection_marks()),
+        chain(Table::Mangle, OUTPUT, "OUTPUT", host_output(flow)),
+        // No rewriting of a service's address before the proxy has seen it, no masquerading towards the proxy, and no
+        // rejecting of a service without local endpoints.
+        chain(Table::Nat, PREROUTING, "PREROUTING", accept()),
+        chain(Table::Nat, POSTROUTING, "POSTROUTING", accept()),
+        chain(Table::Filter, FORWARD, "FORWARD", accept()),
+    ]
+}
+
+fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
+    let (zip, veth) = (facts.proxy_ip, &facts.proxy_veth);
+    let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
+    let skip = set_mark(MARK_SKIP);
+    let skipped = format!("{} -j RETURN", marked(MARK_SKIP));
+    let mut rules = vec![
+        // Out of a tunnel: from the proxy, final. Masqueraded connections die when their output device changes, so
+        // what comes this way stays this way.
+        format!("-i {tunnel_in} {}", set_connection_mark(MARK_STAYS_IN)),
+        format!("-i {tunnel_in} {skip}"),
+        format!("-i {tunnel_in} -j RETURN"),
+    ];
+    if flow == Flow::Tunnel {
+        rules.push(format!(
+            "-i {tunnel_out} {}",
+            set_connection_mark(MARK_STAYS_OUT)
+        ));
+    }
+    rules.extend([
+        format!("-i {tunnel_out} {skip}"),
+        format!("-i {tunnel_out} -j RETURN"),
+        // The outer packet's mark would become the inner one's.
+        format!("-p udp -m udp --dport {} -j RETURN", facts.port),
+        format!("{} {skip}", connection_marked(MARK_CONN_SKIP)),
+        skipped.clone(),
+        format!(
+            "{} {}",
+            connection_marked(MARK_STAYS_IN),
+            set_mark(MARK_STAYS_IN)
+        ),
+        format!("{} -j RETURN", marked(MARK_STAYS_IN)),
+    ]);
+    if flow == Flow::Tunnel {
+        rules.extend([
+            format!(
+                "{} {}",
+                connection_marked(MARK_STAYS_OUT),
+                set_mark(MARK_OUTBOUND)
+            ),
+            format!("{} -j RETURN", marked(MARK_OUTBOUND)),
+        ]);
+    }
+    rules.extend([
+        // Answers to what the proxy sent with somebody else's address.
+        format!(
+            "! -i {veth} {} {}",
+            connection_marked(MARK_PROXY),
+            set_mark(MARK_PROXY_RETURN)
+        ),
+        format!("{} -j RETURN", marked(MARK_PROXY_RETURN)),
+        // From the proxy: with somebody else's address, or its own.
+        format!("! -s {zip}/32 -i {veth} {}", set_mark(MARK_PROXY)),
+        skipped.clone(),
+        format!("-i {veth} {}", set_mark(MARK_CONN_SKIP)),
+        format!("! -p tcp {skip}"),
+    ]);
+    if flow == Flow::Hybrid {
+        // Connections older than their pod's capture: conntrack knows them and they carry none of the marks above, or
+        // (if conntrack was off when they began) they go on without a SYN. In the tunnel flow these rules would catch
+        // captured connections too, whose packets carry no connmark that tells them apart.
+        let not_syn = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m set --match-set";
+        rules.extend([
+            format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),
+            format!("{not_syn} {LIVE_PODS_SET} src {skip}"),
+            format!("{not_syn} {LIVE_PODS_SET} dst {skip}"),
+        ]);
+    }
+    rules.extend([
+        skipped,
+        format!(
+            "-p tcp -m set --match-set {PODS_SET} src {}",
+            set_mark(MARK_OUTBOUND)
+        ),
+    ]);
+    rules
+}
+
+/// After routing, because address translation may change the connection before it.
+fn save_connection_marks() -> Vec<String> {
+    [MARK_CONN_SKIP, MARK_PROXY]
+        .map(|mark| {
+            format!(
+                "{} -j CONNMARK --save-mark --nfmask {:#x} --ctmask {:#x}",
+                marked(mark),
+                mark.mask,
+                mark.mask
+            )
+        })
+        .to_vec()
+}
+
+fn host_output(flow: Flow) -> Vec<String> {
+    // "Fragmentation needed" for a connection of the proxy is addressed to whose address it speaks with. Lead it to the
+    // proxy the way the connection's packets go, or large packets vanish without a trace.
+    let mut ways = vec![(MARK_PROXY, MARK_PROXY_RETURN)];
+    if flow == Flow::Tunnel {
+        ways.push((MARK_STAYS_IN, MARK_STAYS_IN));
+        ways.push((MARK_STAYS_OUT, MARK_OUTBOUND));
+    }
+    let mut rules = Vec::new();
+    for (connection, mark) in ways {
+        rules.push(format!(
+            "-p icmp {} {}",
+            connection_marked(connection),
+            set_mark(mark)
+        ));
+        rules.push(format!("{} -j RETURN", marked(mark)));
+    }
+    // Everything else from the node to a captured pod is direct: probes first of all.
+    rules.push(format!(
+        "-m set --match-set {PODS_SET} dst {}",
+        set_mark(MARK_SKIP)
+    ));
+    rules
+}
+
+/// The rules in the proxy's namespace, in PREROUTING itself.
+pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
+    let (device, zip) = (&facts.device, facts.proxy_ip);
+    let (tunnel_in, tunnel_out) = (TUNNEL_IN.proxy, TUNNEL_OUT.proxy);
+    let tproxy = |port: u16, mark: MarkMatch| {
+        format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}")
+    };
+    let to_returning = set_mark(MARK_RETURN);
+    let mut rules = vec![
+        // Before the rule for all of this tunnel: HBONE has a listener of its own.
+        format!(
+            "-i {tunnel_in} -p tcp -m tcp --dport {HBONE_PORT} {}",
+            tproxy(HBONE_PORT, MARK_TPROXY)
+        ),
+        format!(
+            "-i {tunnel_out} -p tcp {}",
+            tproxy(OUTBOUND_PORT, MARK_TPROXY)
+        ),
+        format!(
+            "-i {tunnel_in} -p tcp {}",
+            tproxy(INBOUND_PLAINTEXT_PORT, MARK_TPROXY)
+        ),
+        // From one pod of this node to another: never left this namespace. The mark keeps it here.
+        format!(
+            "-i lo -p tcp -m tcp --dport {HBONE_PORT} {}",
+            tproxy(SAME_NODE_HBONE_PORT, MARK_SAME_NODE)
+        ),
+        // For sockets that speak with somebody else's address.
+        format!("! -d {zip}/32 -i {device} -p tcp {to_returning}"),
+        format!("! -d {zip}/32 -i {device} -p icmp {to_returning}"),
+    ];
+    if flow == Flow::Tunnel {
+        for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
+            rules.push(format!(
+                "! -d {}/32 -i {} -p icmp {to_returning}",
+                tunnel.proxy_addr, tunnel.proxy
+            ));
+        }
+    }
+    rules
+        .into_iter()
+        .map(|rule| {
+            Step::ChainRule(ChainRule {
+                family: Family::V4,
+                table: Table::Mangle,
+                chain: "PREROUTING".to_owned(),
+                rule,
+                position: Position::Last,
+            })
+        })
+        .collect()
+}
