@@ -2,7 +2,8 @@
 //!
 //! Every `add_*` creates the object, never changes one: the identical object is [`Made::Existed`], another one in its
 //! place [`NetlinkError::Conflict`]. Every `del_*` removes exactly the described object and nothing that merely
-//! resembles it; an absent one is `Ok(false)`. Every `check_*` tells the three cases apart without changing anything.
+//! resembles it (devices excepted: they go by name); an absent one is `Ok(false)`. Every `check_*` tells the three
+//! cases apart without changing anything.
 //!
 //! Rules and routes are stamped with [`ROUTE_PROTOCOL`]. The stamp is ignored when comparing (an identical rule of
 //! somebody else serves as well), but only stamped ones are ever deleted.

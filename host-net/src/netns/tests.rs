@@ -118,3 +118,31 @@ fn what_is_not_a_network_namespace_is_refused() {
         Netns::current().unwrap().id()
     );
 }
+
+/// Set in the environment of the process that is to die.
+const DOOMED: &str = "AXNS_LOSE_THE_WAY_HOME";
+
+#[test]
+fn a_thread_that_cannot_return_takes_the_process_down() {
+    if std::env::var_os(DOOMED).is_some() {
+        let there = Netns::create_unnamed().unwrap();
+        let _ = there.run(|| {
+            let nobody = nix::unistd::Uid::from_raw(65534);
+            nix::unistd::setresuid(nobody, nobody, nobody).unwrap();
+        });
+        return;
+    }
+    use std::os::unix::process::ExitStatusExt;
+    let this = "netns::tests::a_thread_that_cannot_return_takes_the_process_down";
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", this, "--nocapture", "--test-threads=1"])
+        .env(DOOMED, "1")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(nix::libc::SIGABRT), "{stderr}");
+    assert!(
+        stderr.contains("cannot return to network namespace net:["),
+        "{stderr}"
+    );
+}

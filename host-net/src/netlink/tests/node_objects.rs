@@ -61,7 +61,7 @@ fn routes() -> Vec<Route> {
 }
 
 fn listing(stage: &Stage) -> String {
-    let commands = ["rule", "route show table all", "-4 -o address show"];
+    let commands = ["rule", "-4 route show table all", "-4 -o address show"];
     commands.map(|command| stage.ip(command)).join("\n")
 }
 
