@@ -17,5 +17,6 @@ pub mod iptables;
 pub mod journal;
 pub mod netlink;
 pub mod netns;
+mod nfnetlink;
 pub mod plan;
 pub mod sysctl;

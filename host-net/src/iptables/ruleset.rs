@@ -1,0 +1,239 @@
+//! What `iptables-save` prints, as data.
+
+use std::fmt;
+
+use super::IptablesError;
+
+/// One table: its chains with their rules in order. Counters are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ruleset {
+    /// Table name.
+    pub table: String,
+    /// Built-in chains with their policy, e.g. `("PREROUTING", "ACCEPT")`.
+    pub policies: Vec<(String, String)>,
+    /// All chains, built-in ones too, each with its rules as `iptables-save` prints them without `-A CHAIN`.
+    pub chains: Vec<(String, Vec<String>)>,
+}
+
+impl Ruleset {
+    /// The rules of a chain, in order; empty when there is no such chain.
+    pub fn rules(&self, chain: &str) -> &[String] {
+        let found = self.chains.iter().find(|(name, _)| name == chain);
+        found.map_or(&[], |(_, rules)| rules)
+    }
+
+    /// Whether the chain is there.
+    pub fn has_chain(&self, chain: &str) -> bool {
+        self.chains.iter().any(|(name, _)| name == chain)
+    }
+
+    /// Whether the chain is there and built in.
+    pub fn is_builtin(&self, chain: &str) -> bool {
+        self.policies.iter().any(|(name, _)| name == chain)
+    }
+
+    /// No rule, no own chain, every policy ACCEPT: the table changes no packet's fate.
+    pub fn is_trivial(&self) -> bool {
+        self.policies.iter().all(|(_, policy)| policy == "ACCEPT")
+            && self
+                .chains
+                .iter()
+                .all(|(name, rules)| rules.is_empty() && self.is_builtin(name))
+    }
+}
+
+/// In the form of `iptables-save`, without counters and comments; read back by [`parse_save`].
+impl fmt::Display for Ruleset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "*{}", self.table)?;
+        for (name, _) in &self.chains {
+            let policy = self.policies.iter().find(|(chain, _)| chain == name);
+            let policy = policy.map_or("-", |(_, policy)| policy.as_str());
+            writeln!(f, ":{name} {policy}")?;
+        }
+        for (name, rules) in &self.chains {
+            for rule in rules {
+                if rule.is_empty() {
+                    writeln!(f, "-A {name}")?;
+                } else {
+                    writeln!(f, "-A {name} {rule}")?;
+                }
+            }
+        }
+        writeln!(f, "COMMIT")
+    }
+}
+
+/// Reads the output of `iptables-save`: one ruleset per table. `what` names the source in errors.
+pub fn parse_save(what: &str, text: &str) -> Result<Vec<Ruleset>, IptablesError> {
+    let mut done = Vec::new();
+    let mut open: Option<Ruleset> = None;
+    let mut last = 0;
+    for (index, line) in text.lines().enumerate() {
+        last = index + 1;
+        let error = || IptablesError::Parse {
+            what: what.to_owned(),
+            number: index + 1,
+            line: line.to_owned(),
+        };
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        if let Some(table) = line.strip_prefix('*') {
+            if open.is_some() || table.is_empty() {
+                return Err(error());
+            }
+            open = Some(Ruleset {
+                table: table.to_owned(),
+                ..Ruleset::default()
+            });
+            continue;
+        }
+        if line == "COMMIT" {
+            done.push(open.take().ok_or_else(error)?);
+            continue;
+        }
+        let ruleset = open.as_mut().ok_or_else(error)?;
+        read_line(ruleset, line).ok_or_else(error)?;
+    }
+    match open {
+        None => Ok(done),
+        Some(ruleset) => Err(IptablesError::Parse {
+            what: what.to_owned(),
+            number: last,
+            line: format!("table {} ends without COMMIT", ruleset.table),
+        }),
+    }
+}
+
+fn read_line(ruleset: &mut Ruleset, line: &str) -> Option<()> {
+    if let Some(chain) = line.strip_prefix(':') {
+        let mut words = chain.split(' ');
+        let name = words.next().filter(|name| !name.is_empty())?;
+        let policy = words.next()?;
+        if ruleset.has_chain(name) {
+            return None;
+        }
+        if policy != "-" {
+            ruleset.policies.push((name.to_owned(), policy.to_owned()));
+        }
+        ruleset.chains.push((name.to_owned(), Vec::new()));
+        return Some(());
+    }
+    let rule = without_counters(line).strip_prefix("-A ")?;
+    let (chain, rule) = rule.split_once(' ').unwrap_or((rule, ""));
+    let (_, rules) = ruleset.chains.iter_mut().find(|(name, _)| name == chain)?;
+    rules.push(rule.to_owned());
+    Some(())
+}
+
+/// With `-c` each rule is preceded by `[packets:bytes] `.
+fn without_counters(line: &str) -> &str {
+    let counted = line
+        .strip_prefix('[')
+        .and_then(|rest| rest.split_once("] "));
+    counted.map_or(line, |(_, rule)| rule)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SAVED: &str = "\
+# Generated by iptables-save v1.8.9 on Sun Nov 22 08:13:49 2026
+*nat
+:PREROUTING ACCEPT [12:3400]
+:POSTROUTING DROP [0:0]
+:OWN - [0:0]
+[7:420] -A PREROUTING -j OWN
+-A OWN -m comment --comment \"two words\" -j RETURN
+-A OWN
+COMMIT
+# Completed on Sun Nov 22 08:13:49 2026
+";
+
+    #[test]
+    fn chains_policies_and_rules_are_read_without_counters() {
+        let [ruleset] = parse_save("test", SAVED).unwrap().try_into().unwrap();
+        assert_eq!(ruleset.table, "nat");
+        assert_eq!(ruleset.rules("PREROUTING"), ["-j OWN"]);
+        assert_eq!(
+            ruleset.rules("OWN"),
+            ["-m comment --comment \"two words\" -j RETURN", ""]
+        );
+        assert!(ruleset.is_builtin("POSTROUTING") && !ruleset.is_builtin("OWN"));
+        assert!(ruleset.has_chain("OWN") && !ruleset.has_chain("OTHER"));
+        assert_eq!(ruleset.policies[1].1, "DROP");
+    }
+
+    #[test]
+    fn a_policy_a_rule_or_an_own_chain_makes_a_table_count() {
+        let trivial = |text: &str| parse_save("test", text).unwrap()[0].is_trivial();
+        assert!(trivial("*raw\n:OUTPUT ACCEPT [5:6]\nCOMMIT\n"));
+        assert!(!trivial("*raw\n:OUTPUT DROP [0:0]\nCOMMIT\n"));
+        assert!(!trivial("*raw\n:OWN - [0:0]\nCOMMIT\n"));
+        assert!(!trivial(
+            "*raw\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j NOTRACK\nCOMMIT\n"
+        ));
+    }
+
+    #[test]
+    fn text_that_is_cut_or_out_of_place_is_an_error_with_its_line() {
+        for (text, number) in [
+            ("*nat\n:A - [0:0]\n", 2),
+            (":A - [0:0]\n", 1),
+            ("COMMIT\n", 1),
+            ("*nat\n-A MISSING -j ACCEPT\nCOMMIT\n", 2),
+            ("*nat\n:A - [0:0]\n:A - [0:0]\nCOMMIT\n", 3),
+            ("*nat\n*nat\n", 2),
+        ] {
+            match parse_save("test", text) {
+                Err(IptablesError::Parse { number: found, .. }) => assert_eq!(found, number),
+                other => panic!("{text:?} gave {other:?}"),
+            }
+        }
+    }
+
+    fn ruleset() -> impl Strategy<Value = Ruleset> {
+        let rules = vec("(-[a-z] [!-~]{1,12}( [!-~]{1,8}){0,3})?", 0..5);
+        let chain = ("[!-~]{1,28}", proptest::option::of("[A-Z]{1,8}"), rules);
+        ("[a-z]{1,8}", vec(chain, 0..6)).prop_map(|(table, chains)| {
+            let mut ruleset = Ruleset {
+                table,
+                ..Ruleset::default()
+            };
+            for (name, policy, rules) in chains {
+                if ruleset.has_chain(&name) {
+                    continue;
+                }
+                if let Some(policy) = policy {
+                    ruleset.policies.push((name.clone(), policy));
+                }
+                ruleset.chains.push((name, rules));
+            }
+            ruleset
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_read_back(rulesets in vec(ruleset(), 0..4)) {
+            let text: String = rulesets.iter().map(Ruleset::to_string).collect();
+            prop_assert_eq!(parse_save("test", &text).unwrap(), rulesets);
+        }
+
+        #[test]
+        fn arbitrary_text_does_not_panic(text in any::<String>()) {
+            let _ = parse_save("test", &text);
+        }
+
+        #[test]
+        fn arbitrary_lines_do_not_panic(lines in vec("[*:\\[#-]?[A ]{0,3}[ -~]{0,12}|COMMIT|\\*nat|:A - \\[0:0\\]|-A A( x)?", 0..12)) {
+            let _ = parse_save("test", &lines.join("\n"));
+        }
+    }
+}
