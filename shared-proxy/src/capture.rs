@@ -168,6 +168,8 @@ pub struct Listener {
     inner: TcpListener,
     role: Role,
     port: u16,
+    /// Where all its connections are meant to go, if it stands for one destination.
+    destination: Option<OrigDstAddr>,
 }
 
 /// One captured connection.
@@ -189,6 +191,20 @@ impl Listener {
             inner: TcpListener::from_std(socket)?,
             role,
             port,
+            destination: None,
+        })
+    }
+
+    /// As [`Listener::new`], for a listener that stands for one destination: all its connections are meant for `dst`,
+    /// whatever address they were made to. For captures without redirection.
+    pub fn for_destination(
+        role: Role,
+        socket: std::net::TcpListener,
+        dst: OrigDstAddr,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            destination: Some(dst),
+            ..Self::new(role, socket)?
         })
     }
 
@@ -200,6 +216,11 @@ impl Listener {
     /// The port it is bound to.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The socket, to set options that its connections inherit.
+    pub fn as_socket(&self) -> socket2::SockRef<'_> {
+        socket2::SockRef::from(&self.inner)
     }
 
     /// Waits for the next connection. An error concerns one connection (`ECONNABORTED`) or resources (`EMFILE`); the
@@ -220,6 +241,9 @@ impl Listener {
     /// equal one means REDIRECT: conntrack knows (`SO_ORIGINAL_DST`); if it does not, the connection was made to our own
     /// port and nobody else's destination is known.
     fn original_destination(&self, stream: &TcpStream) -> Result<OrigDstAddr, Refusal> {
+        if let Some(dst) = self.destination {
+            return Ok(dst);
+        }
         let local = stream
             .local_addr()
             .map(canonical)

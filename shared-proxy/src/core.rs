@@ -1,1 +1,270 @@
-//! core.
+//! The core: serves the connections that scopes bring.
+//!
+//! [`Core::attach`] takes a scope's listeners and accepts in a task each; every connection is a task of its own. What is
+//! done with it is in [`crate::outbound`] and [`crate::inbound`].
+
+mod accept;
+mod config;
+mod dial;
+mod ending;
+mod workload;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::task::JoinHandle;
+
+pub use config::{CoreConfig, Keepalive};
+pub use dial::DialError;
+pub(crate) use ending::Failure;
+
+use crate::capture::{Listener, Role, Scope, ScopeId};
+use crate::drain::{Drain, Drainer};
+use crate::hbone::client::{Tunnel, TunnelError};
+use crate::identity::Certificates;
+use crate::pool::{Pool, PoolKey};
+use crate::state::Store;
+use crate::telemetry::{ConnectionInfo, Telemetry};
+
+/// The roles that are served by TCP listeners of a scope.
+const ROLES: [Role; 3] = [Role::Outbound, Role::InboundPlaintext, Role::InboundHbone];
+
+/// The proxy. Cheap to clone; clones are the same proxy.
+#[derive(Clone)]
+pub struct Core {
+    shared: Arc<Shared>,
+}
+
+/// What every connection needs, of whatever scope.
+pub(crate) struct Shared {
+    pub(crate) config: CoreConfig,
+    pub(crate) store: Arc<Store>,
+    pub(crate) certificates: Arc<Certificates>,
+    pub(crate) telemetry: Arc<Telemetry>,
+    pub(crate) pool: Pool<PoolKey, Tunnel, TunnelError>,
+    attachments: Mutex<HashMap<u64, Drainer>>,
+    next_attachment: AtomicU64,
+    ended: AtomicBool,
+}
+
+/// What every connection of one scope needs.
+#[derive(Clone)]
+pub(crate) struct Attachment {
+    pub(crate) core: Arc<Shared>,
+    pub(crate) scope: Arc<dyn Scope>,
+    /// Tells two attachments of scopes with one name apart.
+    pub(crate) number: u64,
+}
+
+/// A scope whose connections are served. Dropping it closes its listeners and cuts its connections; [`Attached::detach`]
+/// lets them end.
+#[must_use = "dropping it cuts the scope's connections"]
+pub struct Attached {
+    shared: Arc<Shared>,
+    id: ScopeId,
+    number: u64,
+    drainer: Drainer,
+    listeners: Vec<JoinHandle<()>>,
+}
+
+/// Why a scope is not served. Nothing of it is left listening.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The scope has no listener for a role.
+    #[error("{scope}: cannot listen for {role:?}: {source}")]
+    Listen {
+        /// Which scope.
+        scope: ScopeId,
+        /// Which role.
+        role: Role,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The proxy is shutting down.
+    #[error("{0}: the proxy is shutting down")]
+    ShuttingDown(ScopeId),
+}
+
+impl Core {
+    /// A proxy that serves nothing yet. Must be called on a Tokio runtime.
+    pub fn new(
+        config: CoreConfig,
+        store: Arc<Store>,
+        certificates: Arc<Certificates>,
+        telemetry: Arc<Telemetry>,
+    ) -> Self {
+        let pool = Pool::new(config.pool.clone());
+        Self {
+            shared: Arc::new(Shared {
+                config,
+                store,
+                certificates,
+                telemetry,
+                pool,
+                attachments: Mutex::default(),
+                next_attachment: AtomicU64::new(1),
+                ended: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// Serves a scope. When this returns, every listener of the scope is bound and its connections are accepted.
+    ///
+    /// # Errors
+    /// The scope cannot listen, or the proxy is shutting down.
+    pub async fn attach(&self, scope: Arc<dyn Scope>) -> Result<Attached, AttachError> {
+        let id = scope.id().clone();
+        let mut listeners = Vec::new();
+        for role in ROLES {
+            let bound = scope.listen(role).and_then(|bound| {
+                for listener in &bound {
+                    self.set_options(listener)?;
+                }
+                Ok(bound)
+            });
+            listeners.extend(bound.map_err(|source| AttachError::Listen {
+                scope: id.clone(),
+                role,
+                source,
+            })?);
+        }
+        let number = self.shared.next_attachment.fetch_add(1, Ordering::Relaxed);
+        let drainer = Drainer::new();
+        {
+            let mut attachments = self.shared.attachments();
+            // Under the lock, so that a shutdown either sees this scope or is seen here.
+            if self.shared.ended.load(Ordering::Acquire) {
+                return Err(AttachError::ShuttingDown(id));
+            }
+            attachments.insert(number, drainer.clone());
+        }
+        let attachment = Attachment {
+            core: self.shared.clone(),
+            scope,
+            number,
+        };
+        let listeners = listeners
+            .into_iter()
+            .map(|listener| {
+                let signal = drainer.signal();
+                tokio::spawn(accept::run(attachment.clone(), listener, signal))
+            })
+            .collect();
+        Ok(Attached {
+            shared: self.shared.clone(),
+            id,
+            number,
+            drainer,
+            listeners,
+        })
+    }
+
+    /// Ends everything: no listener any more, GOAWAY on every HBONE server connection, connections get until `deadline`
+    /// to end and are cut then.
+    pub async fn shutdown(&self, deadline: Duration) {
+        let drainers: Vec<Drainer> = {
+            let mut attachments = self.shared.attachments();
+            self.shared.ended.store(true, Ordering::Release);
+            attachments.drain().map(|(_, drainer)| drainer).collect()
+        };
+        for drainer in &drainers {
+            drainer.drain();
+        }
+        self.shared.pool.forget(|_| true);
+        join_all(
+            drainers
+                .iter()
+                .map(|drainer| drainer.run(Drain::within(deadline))),
+        )
+        .await;
+    }
+
+    /// The open connections, oldest first.
+    pub fn connections(&self) -> Vec<ConnectionInfo> {
+        self.shared.telemetry.connections()
+    }
+
+    /// How many tunnels this proxy has opened and keeps.
+    pub fn pooled_tunnels(&self) -> usize {
+        self.shared.pool.connections()
+    }
+
+    /// Sets on the listener what its connections inherit, which saves the calls for each of them.
+    fn set_options(&self, listener: &Listener) -> io::Result<()> {
+        let socket = listener.as_socket();
+        socket.set_tcp_nodelay(true)?;
+        if let Some(keepalive) = &self.shared.config.keepalive {
+            socket.set_tcp_keepalive(&keepalive.to_socket())?;
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn attachments(&self) -> MutexGuard<'_, HashMap<u64, Drainer>> {
+        self.attachments
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Releases what was kept for an attachment.
+    fn release(&self, number: u64) {
+        self.pool.forget(|key| key.attachment == number);
+    }
+}
+
+impl Attached {
+    /// Which scope.
+    pub fn id(&self) -> &ScopeId {
+        &self.id
+    }
+
+    /// How many connections of this scope are open, listeners and tunnels included.
+    pub fn open(&self) -> usize {
+        self.drainer.members()
+    }
+
+    /// Stops serving the scope. The listeners are closed at once, peers' tunnels get GOAWAY, connections end by
+    /// themselves until the deadline and are cut then. Returns when the last one has ended.
+    pub async fn detach(mut self, drain: Drain) {
+        self.drainer.drain();
+        for listener in std::mem::take(&mut self.listeners) {
+            // A listener's task ends by returning; it is not cancelled by anyone, and a panic has ended it too.
+            let _ = listener.await;
+        }
+        self.shared.release(self.number);
+        self.drainer.run(drain).await;
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.drainer.cut();
+        self.shared.release(self.number);
+        self.shared.attachments().remove(&self.number);
+    }
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core")
+            .field("scopes", &self.shared.attachments().len())
+            .field("pooled_tunnels", &self.pooled_tunnels())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached")
+            .field("id", &self.id)
+            .field("open", &self.open())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,1 +1,293 @@
-//! outbound.
+//! Connections that captured pods open.
+
+mod headers;
+mod route;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use rand::rng;
+
+use crate::capture::{
+    Captured, ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf, OrigDstAddr, Role,
+};
+use crate::core::{Attachment, Failure};
+use crate::drain::Signal;
+use crate::hbone::client::{StreamError, Tunnel};
+use crate::hbone::stream::HboneStream;
+use crate::identity::Identity;
+use crate::inbound;
+use crate::pool::{Lease, PoolKey};
+use crate::relay::{self, End, Leg, Meter};
+use crate::state::Workload;
+use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening};
+use route::{Destination, Way};
+
+/// Who opened a connection.
+struct Source {
+    client: ClientAddr,
+    identity: Identity,
+    workload: Arc<Workload>,
+}
+
+/// What the client's connection is relayed to.
+enum Upstream {
+    Tcp(Leg),
+    /// The lease goes with the stream: it is the stream's place in the connection.
+    Tunnel(HboneStream, Lease<Tunnel>),
+}
+
+/// The accounts of a connection: ours, and the destination's if that is served by this process without a tunnel.
+struct Accounts {
+    source: ConnectionRecord,
+    destination: Option<ConnectionRecord>,
+}
+
+/// Serves one connection to its end.
+pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Signal) {
+    let Captured {
+        stream,
+        client,
+        dst,
+    } = captured;
+    let leg = Leg::new(stream);
+    // Boxed, because it is much larger than what a standing connection needs.
+    let prepared = tokio::select! {
+        prepared = Box::pin(prepare(&attachment, client, dst)) => prepared,
+        () = signal.cut() => return,
+    };
+    let Some((accounts, upstream)) = prepared else {
+        return;
+    };
+    let result = tokio::select! {
+        result = relay(leg, upstream, &accounts) => result,
+        () = signal.cut() => Err(Failure::Cut),
+    };
+    accounts.finish(result);
+}
+
+async fn relay(leg: Leg, upstream: Upstream, accounts: &Accounts) -> Result<(), Failure> {
+    match upstream {
+        Upstream::Tcp(upstream) => relay::between_tcp(leg, upstream, accounts).await?,
+        Upstream::Tunnel(stream, _lease) => {
+            relay::through_tunnel(leg, End::Client, stream, accounts).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Decides where the connection goes, opens its accounts and connects. `None` if it failed, and that has been said.
+async fn prepare(
+    attachment: &Attachment,
+    client: ClientAddr,
+    dst: Result<OrigDstAddr, crate::capture::Refusal>,
+) -> Option<(Accounts, Upstream)> {
+    let telemetry = &attachment.core.telemetry;
+    let capture_mode = attachment.scope.id().capture_mode;
+    let known = dst.as_ref().ok().copied();
+    let (source, destination) = match decide(attachment, client, dst).await {
+        Ok(decision) => decision,
+        Err(failure) => {
+            let reason = failure.into();
+            telemetry.refused(Direction::Outbound, capture_mode, client, known, &reason);
+            return None;
+        }
+    };
+    let mut accounts = Accounts {
+        source: telemetry.open(opening(attachment, &source, &destination)),
+        destination: None,
+    };
+    match connect(attachment, &source, &destination, &mut accounts).await {
+        Ok(upstream) => Some((accounts, upstream)),
+        Err(failure) => {
+            accounts.finish(Err(failure));
+            None
+        }
+    }
+}
+
+async fn decide(
+    attachment: &Attachment,
+    client: ClientAddr,
+    dst: Result<OrigDstAddr, crate::capture::Refusal>,
+) -> Result<(Source, Destination), Failure> {
+    let dst = dst?;
+    let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
+    refuse_own_port(&owner, client, dst.0)?;
+    let identity = attachment.identity_of(&owner)?;
+    let (snapshot, workload) = attachment.workload_of(&owner, client.0.ip()).await?;
+    let scope = &*attachment.scope;
+    let destination = route::choose(&snapshot, scope, &workload, dst.0, &mut rng())?;
+    refuse_own_port(&owner, client, destination.target)?;
+    let source = Source {
+        client,
+        identity,
+        workload,
+    };
+    Ok((source, destination))
+}
+
+/// A connection to one of our ports on the pod's own address would come back to us, for ever.
+fn refuse_own_port(
+    owner: &LocalWorkload,
+    client: ClientAddr,
+    to: SocketAddr,
+) -> Result<(), Failure> {
+    let own = to.ip().is_loopback()
+        || to.ip().is_unspecified()
+        || to.ip() == client.0.ip()
+        || owner.addresses.contains(&to.ip());
+    if own && OWN_PORTS.contains(&to.port()) {
+        return Err(Failure::OwnPort(to));
+    }
+    Ok(())
+}
+
+fn opening(attachment: &Attachment, source: &Source, destination: &Destination) -> Opening {
+    let (addr, hbone_addr) = match &destination.way {
+        Way::Tunnel { endpoint, .. } => (*endpoint, Some(destination.target)),
+        Way::Plain | Way::HandOver(_) => (destination.target, None),
+    };
+    let tunnelled = hbone_addr.is_some();
+    Opening {
+        direction: Direction::Outbound,
+        capture_mode: attachment.scope.id().capture_mode,
+        source: Endpoint {
+            addr: source.client.0,
+            workload: Some(source.workload.clone()),
+            identity: Some(source.identity.clone()),
+        },
+        destination: Endpoint {
+            addr,
+            identity: destination
+                .workload
+                .as_ref()
+                .filter(|_| tunnelled)
+                .and_then(|workload| route::identity(workload).ok()),
+            workload: destination.workload.clone(),
+        },
+        destination_service: destination.service.clone(),
+        hbone_addr,
+        mutual_tls: tunnelled,
+    }
+}
+
+async fn connect(
+    attachment: &Attachment,
+    source: &Source,
+    destination: &Destination,
+    accounts: &mut Accounts,
+) -> Result<Upstream, Failure> {
+    let to = destination.target;
+    match &destination.way {
+        Way::Plain => {
+            let who = OnBehalfOf::LocalWorkload(source.client.0.ip());
+            Ok(Upstream::Tcp(Leg::new(attachment.dial(to, who).await?)))
+        }
+        Way::Tunnel { endpoint, expected } => {
+            let key = PoolKey {
+                scope: attachment.scope.id().clone(),
+                attachment: attachment.number,
+                source: source.identity.clone(),
+                source_address: source.client.0.ip(),
+                destination: *endpoint,
+                expected: expected.clone(),
+            };
+            let headers = headers::connect(&attachment.core.config, source, destination);
+            let (stream, lease) = open_stream(attachment, &key, to, headers).await?;
+            Ok(Upstream::Tunnel(stream, lease))
+        }
+        Way::HandOver(pod) => {
+            let peer = Some(&source.identity);
+            let (record, leg) = inbound::arrive(
+                attachment,
+                &inbound::Arrival {
+                    client: source.client,
+                    addr: to,
+                    target: to,
+                    peer,
+                    tunnelled: false,
+                },
+                pod,
+            )
+            .await?;
+            accounts.destination = Some(record);
+            Ok(Upstream::Tcp(leg))
+        }
+    }
+}
+
+/// A stream in a pooled tunnel. A tunnel that turns out to be going away, or was dead when it was found in the pool, is
+/// replaced once: the peer has not opened anything for us yet.
+async fn open_stream(
+    attachment: &Attachment,
+    key: &PoolKey,
+    target: SocketAddr,
+    headers: http::HeaderMap,
+) -> Result<(HboneStream, Lease<Tunnel>), Failure> {
+    let pool = &attachment.core.pool;
+    // The peer connects to its application before it answers, and has as long for that as we have.
+    let limit = attachment.core.config.connect_timeout * 2;
+    let open = || {
+        let (attachment, key) = (attachment.clone(), key.clone());
+        async move { open_tunnel(&attachment, &key).await }
+    };
+    let failed = |error: Option<Arc<_>>| error.map_or(Failure::TunnelAbandoned, Failure::Tunnel);
+    let lease = pool.lease(key, open).await.map_err(failed)?;
+    let error = match lease
+        .connection()
+        .connect(target, headers.clone(), limit)
+        .await
+    {
+        Ok(stream) => return Ok((stream, lease)),
+        Err(error) => error,
+    };
+    let retry = match &error {
+        StreamError::NotTaken(_) => true,
+        StreamError::Broken(_) => !lease.is_fresh(),
+        _ => false,
+    };
+    if !retry {
+        return Err(error.into());
+    }
+    let lease = pool.replace(key, lease, open).await.map_err(failed)?;
+    let stream = lease.connection().connect(target, headers, limit).await?;
+    Ok((stream, lease))
+}
+
+async fn open_tunnel(
+    attachment: &Attachment,
+    key: &PoolKey,
+) -> Result<Tunnel, crate::hbone::client::TunnelError> {
+    let certificate = attachment.core.certificates.get(&key.source).await?;
+    let who = OnBehalfOf::LocalWorkload(key.source_address);
+    let tcp = attachment.dial(key.destination, who).await?;
+    let tls = certificate.client_config(&key.expected);
+    Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await
+}
+
+impl Meter for Accounts {
+    fn to_application(&self, bytes: u64) {
+        self.source.sent(bytes);
+        if let Some(record) = &self.destination {
+            record.sent(bytes);
+        }
+    }
+
+    fn to_client(&self, bytes: u64) {
+        self.source.received(bytes);
+        if let Some(record) = &self.destination {
+            record.received(bytes);
+        }
+    }
+}
+
+impl Accounts {
+    fn finish(self, result: Result<(), Failure>) {
+        let result = result.map_err(crate::telemetry::ConnectionError::from);
+        if let Some(record) = self.destination {
+            record.finish(result.clone());
+        }
+        self.source.finish(result);
+    }
+}

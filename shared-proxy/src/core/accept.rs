@@ -1,0 +1,88 @@
+//! The accept loop of one listener.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::Attachment;
+use crate::capture::{Captured, Listener, Role};
+use crate::drain::Signal;
+use crate::{inbound, outbound};
+
+/// Pause after an error that concerns the process (`EMFILE`) and not one connection: accepting at once would fail again.
+const PAUSE: Duration = Duration::from_millis(50);
+/// At most one line about errors of a listener in this time.
+const LOG_EVERY: Duration = Duration::from_secs(5);
+
+/// Accepts until told to drain, and closes the listener then. No error ends it.
+pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Signal) {
+    let role = listener.role();
+    let mut errors = ErrorLog::default();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = signal.draining() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok(captured) => serve(&attachment, role, captured, signal.clone()),
+            Err(error) => {
+                errors.add(&attachment, &listener, &error);
+                if !concerns_one_connection(&error) {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+fn serve(attachment: &Attachment, role: Role, captured: Captured, signal: Signal) {
+    let attachment = attachment.clone();
+    match role {
+        Role::Outbound => {
+            tokio::spawn(outbound::serve(attachment, captured, signal));
+        }
+        Role::InboundPlaintext => {
+            tokio::spawn(inbound::plaintext::serve(attachment, captured, signal));
+        }
+        Role::InboundHbone => {
+            tokio::spawn(crate::hbone::server::serve(attachment, captured, signal));
+        }
+        // Not among the roles that are listened for.
+        Role::Dns => {}
+    }
+}
+
+fn concerns_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}
+
+/// Says once in a while what goes wrong, with how often.
+#[derive(Default)]
+struct ErrorLog {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl ErrorLog {
+    fn add(&mut self, attachment: &Attachment, listener: &Listener, error: &io::Error) {
+        self.unsaid += 1;
+        if self.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
+            return;
+        }
+        tracing::warn!(
+            scope = %attachment.scope.id(),
+            port = listener.port(),
+            errors = self.unsaid,
+            %error,
+            "accepting a connection failed"
+        );
+        self.last = Some(Instant::now());
+        self.unsaid = 0;
+    }
+}

@@ -1,0 +1,86 @@
+//! Numbers and names that an operator may set. Nothing here knows a capture mode.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::hbone::HboneConfig;
+use crate::pool::PoolConfig;
+
+/// TCP keepalive of every connection. A captured connection lives in conntrack tables for days after its ends are gone,
+/// so the proxy has to find out by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence before the first probe.
+    pub time: Duration,
+    /// Pause between two probes.
+    pub interval: Duration,
+    /// Unanswered probes before the connection counts as dead.
+    pub retries: u32,
+}
+
+impl Default for Keepalive {
+    /// The field's values: 180 s, 180 s, 9.
+    fn default() -> Self {
+        Self {
+            time: Duration::from_secs(180),
+            interval: Duration::from_secs(180),
+            retries: 9,
+        }
+    }
+}
+
+impl Keepalive {
+    pub(super) fn to_socket(&self) -> socket2::TcpKeepalive {
+        socket2::TcpKeepalive::new()
+            .with_time(self.time)
+            .with_interval(self.interval)
+            .with_retries(self.retries)
+    }
+}
+
+/// Configuration of the core. The numbers' defaults are the field's, so that a mixed mesh behaves alike.
+#[derive(Debug, Clone)]
+pub struct CoreConfig {
+    /// Trust domain of every identity that is served and accepted.
+    pub trust_domain: Arc<str>,
+    /// Name of the cluster, for telemetry and the `baggage` header.
+    pub cluster: Arc<str>,
+    /// Name of the network; addresses are unique in it.
+    pub network: Arc<str>,
+    /// How long a TCP connection may take to stand.
+    pub connect_timeout: Duration,
+    /// How long a connection waits for its workload to appear in the [`Store`](crate::state::Store): the agent may tell
+    /// of a pod before the control plane does.
+    pub workload_wait: Duration,
+    /// TCP keepalive, on accepted and on dialled connections; `None` turns it off.
+    pub keepalive: Option<Keepalive>,
+    /// HTTP/2 of the tunnels.
+    pub hbone: HboneConfig,
+    /// Reuse of the tunnels.
+    pub pool: PoolConfig,
+}
+
+impl CoreConfig {
+    /// Defaults for a trust domain.
+    pub fn new(trust_domain: impl Into<Arc<str>>) -> Self {
+        Self {
+            trust_domain: trust_domain.into(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Default for CoreConfig {
+    fn default() -> Self {
+        Self {
+            trust_domain: "cluster.local".into(),
+            cluster: "Kubernetes".into(),
+            network: "".into(),
+            connect_timeout: Duration::from_secs(10),
+            workload_wait: Duration::from_secs(5),
+            keepalive: Some(Keepalive::default()),
+            hbone: HboneConfig::default(),
+            pool: PoolConfig::default(),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Upstream connections.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{Attachment, CoreConfig};
+use crate::capture::{HBONE_PORT, OnBehalfOf, Scope};
+
+/// How many sockets are tried when the chosen source port is in use towards the destination.
+const TRIES: usize = 8;
+
+/// Why there is no upstream connection.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The scope could not make a socket.
+    #[error("no socket towards {to} for {who:?}: {source}")]
+    Socket {
+        /// The destination.
+        to: SocketAddr,
+        /// Who was to speak.
+        who: OnBehalfOf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination cannot be reached.
+    #[error("cannot connect to {to}: {source}")]
+    Connect {
+        /// The destination.
+        to: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination did not answer.
+    #[error("{to} did not answer within {after:?}{}", hint(*.to))]
+    TimedOut {
+        /// The destination.
+        to: SocketAddr,
+        /// How long it had.
+        after: Duration,
+    },
+}
+
+/// Silence, where a refusal would be normal, has one usual cause.
+fn hint(to: SocketAddr) -> &'static str {
+    if to.port() == HBONE_PORT {
+        ": maybe a NetworkPolicy is blocking HBONE port 15008"
+    } else {
+        ""
+    }
+}
+
+impl Attachment {
+    /// Connects to `to` with the address of `who`.
+    pub(crate) async fn dial(
+        &self,
+        to: SocketAddr,
+        who: OnBehalfOf,
+    ) -> Result<TcpStream, DialError> {
+        let config = &self.core.config;
+        timeout(
+            config.connect_timeout,
+            connect(&*self.scope, to, who, config),
+        )
+        .await
+        .map_err(|_| DialError::TimedOut {
+            to,
+            after: config.connect_timeout,
+        })?
+    }
+}
+
+async fn connect(
+    scope: &dyn Scope,
+    to: SocketAddr,
+    who: OnBehalfOf,
+    config: &CoreConfig,
+) -> Result<TcpStream, DialError> {
+    let mut tries = 0;
+    loop {
+        let socket = scope
+            .socket(to, who)
+            .and_then(|socket| {
+                socket.set_nodelay(true)?;
+                if let Some(keepalive) = &config.keepalive {
+                    SockRef::from(&socket).set_tcp_keepalive(&keepalive.to_socket())?;
+                }
+                Ok(socket)
+            })
+            .map_err(|source| DialError::Socket { to, who, source })?;
+        tries += 1;
+        match socket.connect(to).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && tries < TRIES => {}
+            Err(source) => return Err(DialError::Connect { to, source }),
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! How a connection ended, in the words of telemetry.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::DialError;
+use crate::capture::Refusal;
+use crate::hbone::client::{StreamError, TunnelError};
+use crate::identity::CaError;
+use crate::relay::RelayError;
+use crate::state::policy::Verdict;
+use crate::telemetry::{ConnectionError, ResponseFlag};
+
+/// Why a connection was not served, or not to its end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("{0} is a port of the proxy itself")]
+    OwnPort(SocketAddr),
+    #[error("the workload at {address} ({pod}) is not known: the control plane has not told of it")]
+    UnknownWorkload { address: IpAddr, pod: String },
+    #[error("{0}")]
+    Identity(String),
+    #[error("no healthy endpoint of {service} for port {port}")]
+    NoHealthyEndpoint { service: String, port: u16 },
+    #[error("{0}")]
+    Denied(Verdict),
+    #[error(transparent)]
+    Certificate(#[from] CaError),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error(transparent)]
+    Tunnel(Arc<TunnelError>),
+    #[error("opening the tunnel was abandoned")]
+    TunnelAbandoned,
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    #[error("cut: its capture ended and its time to finish was over")]
+    Cut,
+}
+
+impl Failure {
+    /// The label `response_flags`.
+    pub(crate) fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Refused(_) | Self::OwnPort(_) | Self::Relay(_) | Self::Cut => ResponseFlag::None,
+            Self::Denied(_) => ResponseFlag::Denied,
+            Self::Identity(_) | Self::Certificate(_) => ResponseFlag::IdentityError,
+            Self::Dial(_)
+            | Self::UnknownWorkload { .. }
+            | Self::NoHealthyEndpoint { .. }
+            | Self::TunnelAbandoned
+            | Self::Stream(_) => ResponseFlag::Connect,
+            Self::Tunnel(error) => match &**error {
+                TunnelError::Certificate(_) => ResponseFlag::IdentityError,
+                TunnelError::Dial(DialError::TimedOut { .. }) => ResponseFlag::NetworkPolicy,
+                TunnelError::Dial(_) => ResponseFlag::Connect,
+                TunnelError::Tls(..) => ResponseFlag::TlsFailure,
+                TunnelError::NotHttp2(_)
+                | TunnelError::Http2(..)
+                | TunnelError::HandshakeTimedOut(..) => ResponseFlag::H2HandshakeFailure,
+            },
+        }
+    }
+
+    /// For telemetry.
+    pub(crate) fn describe(&self) -> ConnectionError {
+        ConnectionError::new(self.flag(), self)
+    }
+}
+
+impl From<Failure> for ConnectionError {
+    fn from(failure: Failure) -> Self {
+        failure.describe()
+    }
+}

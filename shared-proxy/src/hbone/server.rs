@@ -1,0 +1,281 @@
+//! Accepts tunnels to captured pods (15008), and the streams in them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream};
+use http::{Method, Request, Response, StatusCode};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::client::watch;
+use super::stream::HboneStream;
+use crate::capture::{Captured, ClientAddr, LocalWorkload, OrigDstAddr, Refusal, Role};
+use crate::core::{Attachment, Failure};
+use crate::drain::Signal;
+use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
+use crate::inbound::{Arrival, arrive};
+use crate::relay::{self, End, Leg, RelayError};
+use crate::telemetry::{ConnectionError, ConnectionRecord, Direction, ResponseFlag};
+
+type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
+
+/// Why a connection did not become a tunnel.
+#[derive(Debug, thiserror::Error)]
+enum TunnelFailure {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Identity(#[source] Failure),
+    #[error(transparent)]
+    Certificate(#[from] CaError),
+    #[error("TLS: {0}")]
+    Tls(#[source] io::Error),
+    #[error("the peer proves no identity: {0}")]
+    Peer(#[from] PeerError),
+    #[error("the peer is {peer}; its trust domain is not {expected}")]
+    ForeignTrustDomain { peer: Identity, expected: Arc<str> },
+    #[error("the peer did not choose HTTP/2 (ALPN h2)")]
+    NotHttp2,
+    #[error("HTTP/2: {0}")]
+    Http2(#[source] h2::Error),
+    #[error("no TLS and HTTP/2 handshake within {0:?}")]
+    TimedOut(Duration),
+}
+
+impl From<TunnelFailure> for ConnectionError {
+    fn from(failure: TunnelFailure) -> Self {
+        let flag = match &failure {
+            TunnelFailure::Refused(_) => ResponseFlag::None,
+            TunnelFailure::Identity(_) | TunnelFailure::Certificate(_) => {
+                ResponseFlag::IdentityError
+            }
+            TunnelFailure::Tls(_)
+            | TunnelFailure::Peer(_)
+            | TunnelFailure::ForeignTrustDomain { .. } => ResponseFlag::TlsFailure,
+            TunnelFailure::NotHttp2 | TunnelFailure::Http2(_) | TunnelFailure::TimedOut(_) => {
+                ResponseFlag::H2HandshakeFailure
+            }
+        };
+        Self::new(flag, failure)
+    }
+}
+
+/// What the streams of one tunnel have in common.
+struct Session {
+    attachment: Attachment,
+    client: ClientAddr,
+    /// Where the tunnel ends: the pod's address.
+    local: SocketAddr,
+    pod: LocalWorkload,
+    peer: Identity,
+}
+
+/// Why a stream is turned away, in HTTP's words.
+struct Rejection(StatusCode);
+
+/// Serves one tunnel until it is closed, cut, or its peer is dead.
+pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Signal) {
+    let Captured {
+        stream,
+        client,
+        dst,
+    } = captured;
+    let known = dst.as_ref().ok().copied();
+    let limit = attachment.core.config.hbone.handshake_timeout;
+    let established = tokio::select! {
+        established = Box::pin(timeout(limit, establish(&attachment, stream, client, dst))) => {
+            established.unwrap_or(Err(TunnelFailure::TimedOut(limit)))
+        }
+        () = signal.cut() => return,
+    };
+    match established {
+        Ok((connection, session)) => run(connection, Arc::new(session), signal).await,
+        Err(failure) => attachment.core.telemetry.refused(
+            Direction::Inbound,
+            attachment.scope.id().capture_mode,
+            client,
+            known,
+            &failure.into(),
+        ),
+    }
+}
+
+async fn establish(
+    attachment: &Attachment,
+    tcp: TcpStream,
+    client: ClientAddr,
+    dst: Result<OrigDstAddr, Refusal>,
+) -> Result<(Connection, Session), TunnelFailure> {
+    let dst = dst?;
+    let pod = attachment.scope.owner(Role::InboundHbone, client, dst)?;
+    let identity = attachment
+        .identity_of(&pod)
+        .map_err(TunnelFailure::Identity)?;
+    let certificate = attachment.core.certificates.get(&identity).await?;
+    let tls = TlsAcceptor::from(certificate.server_config())
+        .accept(tcp)
+        .await
+        .map_err(TunnelFailure::Tls)?;
+    let session = tls.get_ref().1;
+    let peer = peer_identity(session.peer_certificates().unwrap_or_default())?;
+    let expected = &attachment.core.config.trust_domain;
+    if peer.trust_domain() != expected {
+        return Err(TunnelFailure::ForeignTrustDomain {
+            peer,
+            expected: expected.clone(),
+        });
+    }
+    if session.alpn_protocol() != Some(ALPN_H2) {
+        return Err(TunnelFailure::NotHttp2);
+    }
+    let builder = attachment.core.config.hbone.server_builder();
+    let connection = builder.handshake(tls).await.map_err(TunnelFailure::Http2)?;
+    let session = Session {
+        attachment: attachment.clone(),
+        client,
+        local: dst.0,
+        pod,
+        peer,
+    };
+    Ok((connection, session))
+}
+
+async fn run(mut connection: Connection, session: Arc<Session>, signal: Signal) {
+    let peer = &session.peer;
+    let config = session.attachment.core.config.hbone.clone();
+    let pings = connection.ping_pong();
+    let mut dead = pin!(watch(pings, &config));
+    let mut going_away = false;
+    loop {
+        tokio::select! {
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    tokio::spawn(stream(session.clone(), request, respond, signal.clone()));
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(client = %session.client, %peer, %error, "tunnel ended");
+                    return;
+                }
+                None => return,
+            },
+            () = signal.draining(), if !going_away => {
+                going_away = true;
+                connection.graceful_shutdown();
+            }
+            () = signal.cut(), if going_away => return,
+            () = &mut dead => {
+                tracing::warn!(
+                    client = %session.client, %peer,
+                    "the tunnel's peer does not answer PINGs; closing the tunnel"
+                );
+                return;
+            }
+        }
+    }
+}
+
+/// Serves one stream of a tunnel.
+async fn stream(
+    session: Arc<Session>,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    signal: Signal,
+) {
+    let admitted = tokio::select! {
+        admitted = Box::pin(admit(&session, &request)) => admitted,
+        () = signal.cut() => {
+            respond.send_reset(Reason::CANCEL);
+            return;
+        }
+    };
+    let (record, application) = match admitted {
+        Ok(admitted) => admitted,
+        Err(Rejection(status)) => {
+            // An error means that the peer has gone meanwhile; there is nobody left to answer.
+            let _ = respond.send_response(response(status), true);
+            return;
+        }
+    };
+    let recv = request.into_body();
+    let result = match respond.send_response(response(StatusCode::OK), false) {
+        Ok(send) => {
+            let stream = HboneStream { send, recv };
+            tokio::select! {
+                result = relay::through_tunnel(application, End::Application, stream, &record) => {
+                    result.map_err(Failure::from)
+                }
+                () = signal.cut() => Err(Failure::Cut),
+            }
+        }
+        Err(error) => Err(RelayError::Tunnel(error).into()),
+    };
+    record.finish(result.map_err(Into::into));
+}
+
+fn response(status: StatusCode) -> Response<()> {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    response
+}
+
+/// Checks a request and connects to the application.
+async fn admit(
+    session: &Session,
+    request: &Request<RecvStream>,
+) -> Result<(ConnectionRecord, Leg), Rejection> {
+    let target = target(session, request).map_err(|(status, reason)| {
+        session.attachment.core.telemetry.refused(
+            Direction::Inbound,
+            session.attachment.scope.id().capture_mode,
+            session.client,
+            Some(OrigDstAddr(session.local)),
+            &ConnectionError::new(ResponseFlag::None, reason),
+        );
+        Rejection(status)
+    })?;
+    let arrival = Arrival {
+        client: session.client,
+        addr: session.local,
+        target,
+        peer: Some(&session.peer),
+        tunnelled: true,
+    };
+    arrive(&session.attachment, &arrival, &session.pod)
+        .await
+        .map_err(|failure| {
+            Rejection(match failure {
+                Failure::Denied(_) => StatusCode::UNAUTHORIZED,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            })
+        })
+}
+
+/// Where a stream wants to go: the address that the tunnel ends at, and a port. The authority's address is never dialled
+/// for its own sake.
+fn target(
+    session: &Session,
+    request: &Request<RecvStream>,
+) -> Result<SocketAddr, (StatusCode, String)> {
+    if request.method() != Method::CONNECT {
+        let reason = format!("method {} instead of CONNECT", request.method());
+        return Err((StatusCode::BAD_REQUEST, reason));
+    }
+    let authority = request.uri().authority().map_or("", |a| a.as_str());
+    let Ok(asked) = authority.parse::<SocketAddr>() else {
+        let reason = format!("authority {authority:?} is not ADDRESS:PORT");
+        return Err((StatusCode::BAD_REQUEST, reason));
+    };
+    if asked.ip().to_canonical() != session.local.ip() {
+        let reason = format!("authority {asked} in a tunnel to {}", session.local.ip());
+        return Err((StatusCode::BAD_REQUEST, reason));
+    }
+    Ok(SocketAddr::new(session.local.ip(), asked.port()))
+}

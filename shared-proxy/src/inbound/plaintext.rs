@@ -1,0 +1,66 @@
+//! Plaintext connections to captured pods (15006).
+
+use super::{Arrival, arrive};
+use crate::capture::{Captured, ClientAddr, OrigDstAddr, Role};
+use crate::core::{Attachment, Failure};
+use crate::drain::Signal;
+use crate::relay::{self, Leg};
+use crate::telemetry::{ConnectionRecord, Direction};
+
+/// Serves one connection to its end.
+pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Signal) {
+    let Captured {
+        stream,
+        client,
+        dst,
+    } = captured;
+    let leg = Leg::new(stream);
+    let prepared = tokio::select! {
+        prepared = Box::pin(prepare(&attachment, client, dst)) => prepared,
+        () = signal.cut() => return,
+    };
+    let Some((record, application)) = prepared else {
+        return;
+    };
+    let result = tokio::select! {
+        result = relay::between_tcp(leg, application, &record) => result.map_err(Failure::from),
+        () = signal.cut() => Err(Failure::Cut),
+    };
+    record.finish(result.map_err(Into::into));
+}
+
+async fn prepare(
+    attachment: &Attachment,
+    client: ClientAddr,
+    dst: Result<OrigDstAddr, crate::capture::Refusal>,
+) -> Option<(ConnectionRecord, Leg)> {
+    let known = dst.as_ref().ok().copied();
+    let owned = dst.and_then(|dst| {
+        let pod = attachment
+            .scope
+            .owner(Role::InboundPlaintext, client, dst)?;
+        Ok((pod, dst))
+    });
+    let (pod, dst) = match owned {
+        Ok(owned) => owned,
+        Err(refusal) => {
+            attachment.core.telemetry.refused(
+                Direction::Inbound,
+                attachment.scope.id().capture_mode,
+                client,
+                known,
+                &refusal.into(),
+            );
+            return None;
+        }
+    };
+    let arrival = Arrival {
+        client,
+        addr: dst.0,
+        target: dst.0,
+        peer: None,
+        tunnelled: false,
+    };
+    // A failure has been accounted for where it happened.
+    arrive(attachment, &arrival, &pod).await.ok()
+}
