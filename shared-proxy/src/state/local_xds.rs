@@ -92,3 +92,6 @@ pub fn load(path: &Path) -> Result<Snapshot, LocalXdsError> {
         error: Box::new(error),
     })
 }
+
+#[cfg(test)]
+mod tests;
