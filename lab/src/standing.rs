@@ -40,6 +40,9 @@ pub type Progress<'a> = &'a dyn Fn(&str);
 /// inspection.
 pub const KEEP_ENV: &str = "AMBIDEX_LAB_KEEP";
 
+/// Names the lab to programs that run in it, and to `ambidex lab` where the command line does not.
+pub const LAB_ENV: &str = "AMBIDEX_LAB";
+
 /// A lab that stands. Dropping the value leaves it standing.
 #[derive(Debug)]
 pub struct Lab {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::process::{self, Process};
-use super::{Daemon, Lab, Progress};
+use super::{Daemon, LAB_ENV, Lab, Progress};
 use crate::topology::LabSpec;
 
 /// How long a node's daemons may take to be ready. User-Mode Linux needs a good part of it.
@@ -38,6 +38,7 @@ impl Lab {
             ("AMBIDEX_CA_DIR".to_owned(), path(self.dir().join("ca"))),
             ("LOCAL_XDS_PATH".to_owned(), path(self.workloads_path())),
             ("NODE_NAME".to_owned(), format!("node{node}")),
+            (LAB_ENV.to_owned(), self.name()),
             ("INPOD_UDS".to_owned(), socket.clone()),
             ("ZTUNNEL_UDS_ADDRESS".to_owned(), socket),
         ]);
