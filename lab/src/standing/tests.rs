@@ -445,6 +445,9 @@ fn a_daemon_that_ends_at_start_fails_the_build_with_its_log_and_leaves_nothing()
     assert_eq!(traces(&spec.name), before);
     programs_gone.programs = no_programs();
     let error = format!("{:#}", up(&programs_gone, &quiet).unwrap_err());
-    assert!(error.contains("agent1"), "{error}");
+    assert!(
+        error.contains("/nonexistent/ambidex, which the lab runs"),
+        "{error}"
+    );
     assert_eq!(traces(&spec.name), before);
 }
