@@ -1,1 +1,114 @@
-//! engine.
+//! Plans made real: apply, inspect, remove, undo.
+//!
+//! * [`apply`] moves a place from one plan to another, or leaves it as it was.
+//! * [`inspect`] says what of a plan is missing, different, out of order or foreign.
+//! * [`remove`] takes a plan away and goes on after errors; [`undo`] does so from the journal alone.
+//!
+//! Changes in one namespace take turns; different namespaces go in parallel. Order: steps are made in the plan's order
+//! and removed in the reverse one. Consecutive iptables steps become one `iptables-restore` per family, consecutive
+//! entries of one set one message, consecutive routes go out together.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use serde::Serialize;
+use tokio::sync::OwnedMutexGuard;
+
+use crate::netns::NetnsId;
+use crate::plan::Step;
+
+mod apply;
+mod carrier;
+mod firewall;
+mod inspect;
+mod kernel;
+mod name;
+mod prepare;
+mod remove;
+mod survey;
+mod tables;
+mod transition;
+mod whereabouts;
+
+pub use apply::{Applied, ApplyError, apply};
+pub use inspect::{InspectError, inspect, inspect_among};
+pub use kernel::KernelError;
+pub(crate) use name::program;
+pub use remove::{RemoveError, remove, undo};
+
+/// One difference between a plan and the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The object.
+    pub step: Step,
+    /// What is wrong with it.
+    pub problem: Problem,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.step, self.problem)
+    }
+}
+
+/// What is wrong with an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "problem", rename_all = "kebab-case")]
+pub enum Problem {
+    /// It is not there.
+    Missing,
+    /// It is there with other parameters.
+    Different {
+        /// What was found instead.
+        found: String,
+    },
+    /// A chain of ours holds rules that are not.
+    Foreign {
+        /// Those rules.
+        found: Vec<String>,
+    },
+    /// Everything is there, but not in the order that gives it its meaning.
+    Order {
+        /// What stands where.
+        found: String,
+    },
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Problem::Missing => f.write_str("missing"),
+            Problem::Different { found } => write!(f, "different: {found}"),
+            Problem::Foreign { found } => {
+                write!(
+                    f,
+                    "{} foreign rule(s): `{}`",
+                    found.len(),
+                    found.join("`, `")
+                )
+            }
+            Problem::Order { found } => write!(f, "out of order: {found}"),
+        }
+    }
+}
+
+/// Waits for this namespace's turn. Two plans of one namespace share built-in chains and sets: what one of them has
+/// looked at must not change before it has acted on it.
+async fn turn(netns: NetnsId) -> OwnedMutexGuard<()> {
+    static TURNS: Mutex<Option<HashMap<NetnsId, Weak<tokio::sync::Mutex<()>>>>> = Mutex::new(None);
+    let turn = {
+        let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+        let turns = turns.get_or_insert_default();
+        match turns.get(&netns).and_then(Weak::upgrade) {
+            Some(turn) => turn,
+            None => {
+                turns.retain(|_, turn| turn.strong_count() > 0);
+                let turn = Arc::new(tokio::sync::Mutex::new(()));
+                turns.insert(netns, Arc::downgrade(&turn));
+                turn
+            }
+        }
+    };
+    turn.lock_owned().await
+}

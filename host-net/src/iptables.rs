@@ -169,33 +169,90 @@ pub fn delete_nft_tables(
     let nf_tables = NfTables::open(netns, family)?;
     let mut deleted = Vec::new();
     for table in tables {
-        for attempt in 1..=ATTEMPTS {
-            let exists = nf_tables.tables()?.iter().any(|t| t == table.as_str());
-            if !exists {
-                break;
-            }
-            let generation = nf_tables.generation()?;
-            if !nf_tables.is_trivial(table.as_str())? {
-                break;
-            }
-            match nf_tables.delete(table.as_str(), generation) {
-                Ok(()) => {
-                    deleted.push(*table);
-                    break;
-                }
-                Err(Failure::Stale) if attempt < ATTEMPTS => {}
-                Err(Failure::Stale) => {
-                    return Err(IptablesError::NfTables {
-                        netns: netns.id(),
-                        action: "delete a table",
-                        reason: format!("rules changed {ATTEMPTS} times meanwhile"),
-                    });
-                }
-                Err(Failure::Other(error)) => return Err(error),
-            }
+        let name = table.as_str();
+        let gone = delete_if(
+            &nf_tables,
+            netns,
+            "delete a table",
+            || {
+                let exists = nf_tables.tables()?.iter().any(|found| found == name);
+                Ok(exists && nf_tables.is_trivial(name)?)
+            },
+            |generation| nf_tables.delete(name, generation),
+        )?;
+        if gone {
+            deleted.push(*table);
         }
     }
     Ok(deleted)
+}
+
+/// A base chain that iptables-nft makes on first use: the table and the name, e.g. `nat` and `OUTPUT`.
+pub type BaseChain = (Table, String);
+
+/// The base chains of iptables-nft that exist in a namespace.
+pub fn nft_base_chains(netns: &Netns, family: Family) -> Result<Vec<BaseChain>, IptablesError> {
+    let found = NfTables::open(netns, family)?.built_in_chains()?;
+    let known = [Table::Raw, Table::Filter, Table::Mangle, Table::Nat];
+    Ok(found
+        .into_iter()
+        .filter_map(|(table, chain, _)| {
+            let table = known.into_iter().find(|t| t.as_str() == table)?;
+            Some((table, chain))
+        })
+        .collect())
+}
+
+/// Deletes those of these base chains that exist, hold no rule and have policy ACCEPT: iptables-nft leaves them, with
+/// a hook that every packet passes, also in tables that others use. A chain in use is left alone.
+pub fn delete_nft_base_chains(
+    netns: &Netns,
+    family: Family,
+    chains: &[BaseChain],
+) -> Result<(), IptablesError> {
+    let nf_tables = NfTables::open(netns, family)?;
+    for (table, chain) in chains {
+        let table = table.as_str();
+        delete_if(
+            &nf_tables,
+            netns,
+            "delete a chain",
+            || {
+                let found = nf_tables.built_in_chains()?;
+                Ok(found
+                    .iter()
+                    .any(|(t, c, idle)| t == table && c == chain && *idle))
+            },
+            |generation| nf_tables.delete_chain(table, chain, generation),
+        )?;
+    }
+    Ok(())
+}
+
+/// Deletes something if it may go, and decides again when rules have changed between looking and deleting.
+fn delete_if(
+    nf_tables: &NfTables<'_>,
+    netns: &Netns,
+    action: &'static str,
+    may_go: impl Fn() -> Result<bool, IptablesError>,
+    delete: impl Fn(u32) -> Result<(), Failure>,
+) -> Result<bool, IptablesError> {
+    for _ in 0..ATTEMPTS {
+        let generation = nf_tables.generation()?;
+        if !may_go()? {
+            return Ok(false);
+        }
+        match delete(generation) {
+            Ok(()) => return Ok(true),
+            Err(Failure::Stale) => {}
+            Err(Failure::Other(error)) => return Err(error),
+        }
+    }
+    Err(IptablesError::NfTables {
+        netns: netns.id(),
+        action,
+        reason: format!("rules changed {ATTEMPTS} times meanwhile"),
+    })
 }
 
 /// What a program is for.
@@ -311,11 +368,9 @@ fn failed(
     finished: &process::Finished,
     line: Option<(usize, String)>,
 ) -> IptablesError {
-    // The first complaint is the cause; iptables-nft goes on to complain about every line after it.
     let words = finished.stderr.lines().map(str::trim);
     let words: Vec<&str> = words
         .filter(|line| !line.is_empty() && !line.starts_with("Try `"))
-        .take(3)
         .collect();
     IptablesError::Failed {
         program,

@@ -55,7 +55,7 @@ impl Plan {
 
 /// One kernel object with its exact parameters.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
+#[serde(tag = "step", rename_all = "kebab-case")]
 pub enum Step {
     /// An overlay device, brought up.
     Link(Link),

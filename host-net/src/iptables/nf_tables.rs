@@ -16,6 +16,7 @@ const SUBSYSTEM: u8 = 10;
 const GET_TABLE: u8 = 1;
 const DELETE_TABLE: u8 = 2;
 const GET_CHAIN: u8 = 4;
+const DELETE_CHAIN: u8 = 5;
 const GET_GENERATION: u8 = 16;
 const TABLE_NAME: u16 = 1;
 const TABLE_USE: u16 = 3;
@@ -114,19 +115,65 @@ impl<'a> NfTables<'a> {
 
     /// Deletes a table with all it holds, unless rules have changed since `generation`.
     pub(super) fn delete(&self, table: &str, generation: u32) -> Result<(), Failure> {
-        const ACTION: &str = "delete a table";
-        let other = |error: Malformed| Failure::Other(self.explain(ACTION, &error.into()));
+        let name = AttributeWriter::default().text(TABLE_NAME, table);
+        self.change(DELETE_TABLE, name, generation, "delete a table")
+    }
+
+    /// The base chains of iptables that exist: table, chain, and whether it is empty with policy ACCEPT.
+    pub(super) fn built_in_chains(&self) -> Result<Vec<(String, String, bool)>, IptablesError> {
+        const ACTION: &str = "list chains";
+        let parts = self.dump(GET_CHAIN, ACTION)?;
+        let read = |part: &Vec<u8>| -> Result<Option<(String, String, bool)>, Malformed> {
+            let part = Attributes(part);
+            let name = part.require(CHAIN_NAME)?.text()?;
+            if !is_built_in(part, name)? {
+                return Ok(None);
+            }
+            let table = part.require(CHAIN_TABLE)?.text()?;
+            Ok(Some((
+                table.to_owned(),
+                name.to_owned(),
+                is_idle_base_chain(part)?,
+            )))
+        };
+        parts
+            .iter()
+            .filter_map(|part| read(part).transpose())
+            .collect::<Result<_, _>>()
+            .map_err(|error| self.explain(ACTION, &error.into()))
+    }
+
+    /// Deletes a chain, unless rules have changed since `generation`.
+    pub(super) fn delete_chain(
+        &self,
+        table: &str,
+        chain: &str,
+        generation: u32,
+    ) -> Result<(), Failure> {
+        let names = AttributeWriter::default()
+            .text(CHAIN_TABLE, table)
+            .text(CHAIN_NAME, chain);
+        self.change(DELETE_CHAIN, names, generation, "delete a chain")
+    }
+
+    fn change(
+        &self,
+        command: u8,
+        attributes: AttributeWriter,
+        generation: u32,
+        action: &'static str,
+    ) -> Result<(), Failure> {
+        let other = |error: Malformed| Failure::Other(self.explain(action, &error.into()));
         let state = AttributeWriter::default().raw(BATCH_GENERATION, &generation.to_be_bytes());
         let begin = mark(BATCH_BEGIN, state.finish().map_err(other)?);
-        let name = AttributeWriter::default().text(TABLE_NAME, table);
-        let mut delete = Request::new(SUBSYSTEM, DELETE_TABLE, name.finish().map_err(other)?);
+        let mut delete = Request::new(SUBSYSTEM, command, attributes.finish().map_err(other)?);
         delete.family = self.family;
         let end = mark(BATCH_END, Vec::new());
         match self.connection.exchange_batch(&[begin, delete, end]) {
             Ok(_) => Ok(()),
             Err(NfnetlinkError::Refused { code: STALE, .. }) => Err(Failure::Stale),
             Err(NfnetlinkError::Refused { code, .. }) if code == libc::ENOENT => Ok(()),
-            Err(error) => Err(Failure::Other(self.explain(ACTION, &error))),
+            Err(error) => Err(Failure::Other(self.explain(action, &error))),
         }
     }
 
@@ -158,16 +205,22 @@ fn holds_nothing(table: &str, tables: &[Vec<u8>], chains: &[Vec<u8>]) -> Result<
             continue;
         }
         let name = part.require(CHAIN_NAME)?.text()?;
-        let builtin = BUILTIN_CHAINS.contains(&name) && part.find(CHAIN_HOOK)?.is_some();
-        if !builtin
-            || part.require(CHAIN_POLICY)?.number()? != POLICY_ACCEPT
-            || part.require(CHAIN_USE)?.number()? != 0
-        {
+        if !is_built_in(part, name)? || !is_idle_base_chain(part)? {
             return Ok(false);
         }
         objects = objects.saturating_sub(1);
     }
     Ok(objects == 0)
+}
+
+fn is_built_in(chain: Attributes<'_>, name: &str) -> Result<bool, Malformed> {
+    Ok(BUILTIN_CHAINS.contains(&name) && chain.find(CHAIN_HOOK)?.is_some())
+}
+
+/// No rule, nothing refers to it, and it lets everything pass.
+fn is_idle_base_chain(chain: Attributes<'_>) -> Result<bool, Malformed> {
+    Ok(chain.require(CHAIN_POLICY)?.number()? == POLICY_ACCEPT
+        && chain.require(CHAIN_USE)?.number()? == 0)
 }
 
 fn mark(kind: u16, attributes: Vec<u8>) -> Request {

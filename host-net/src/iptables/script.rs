@@ -23,7 +23,7 @@ struct Changes {
     removed: Vec<(String, String)>,
     flushed: Vec<String>,
     appended: Vec<(String, String)>,
-    inserted: Vec<(String, String)>,
+    inserted: Vec<(String, usize, String)>,
     dropped: Vec<String>,
 }
 
@@ -56,7 +56,14 @@ impl RestoreScript {
 
     /// Puts a rule at the beginning of a chain; several stand there in the order of the calls.
     pub fn insert(&mut self, table: Table, chain: &str, rule: &str) {
-        let rule = (chain.to_owned(), rule.to_owned());
+        let before = self.of(table).inserted.iter().filter(|i| i.0 == chain);
+        let position = before.count() + 1;
+        self.insert_at(table, chain, position, rule);
+    }
+
+    /// Makes a rule the one with this number, counted from 1, once removed rules are gone.
+    pub fn insert_at(&mut self, table: Table, chain: &str, position: usize, rule: &str) {
+        let rule = (chain.to_owned(), position, rule.to_owned());
         self.of(table).inserted.push(rule);
     }
 
@@ -77,8 +84,19 @@ impl RestoreScript {
 
     /// The script as text; an error when a name or rule is empty or contains a line break.
     pub fn render(&self) -> Result<String, IptablesError> {
+        Self::render_tables(self.tables.iter())
+    }
+
+    /// As [`RestoreScript::render`], with the gate first: for removing.
+    pub fn render_gate_first(&self) -> Result<String, IptablesError> {
+        Self::render_tables(self.tables.iter().rev())
+    }
+
+    fn render_tables<'a>(
+        tables: impl Iterator<Item = (&'a Table, &'a Changes)>,
+    ) -> Result<String, IptablesError> {
         let mut text = String::new();
-        for (table, changes) in &self.tables {
+        for (table, changes) in tables {
             push(&mut text, format_args!("*{}", table.as_str()));
             changes.render(&mut text)?;
             push(&mut text, format_args!("COMMIT"));
@@ -107,10 +125,7 @@ impl Changes {
                 format_args!("-A {} {}", checked(chain)?, checked(rule)?),
             );
         }
-        let mut positions: BTreeMap<&str, usize> = BTreeMap::new();
-        for (chain, rule) in &self.inserted {
-            let position = positions.entry(chain).or_default();
-            *position += 1;
+        for (chain, position, rule) in &self.inserted {
             let (chain, rule) = (checked(chain)?, checked(rule)?);
             push(text, format_args!("-I {chain} {position} {rule}"));
         }

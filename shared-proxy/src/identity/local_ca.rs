@@ -307,6 +307,3 @@ fn check_pair(
     }
     Ok(root.validity().not_after.to_datetime())
 }
-
-#[cfg(test)]
-mod tests;

@@ -337,6 +337,3 @@ impl CertificateInfo {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -120,6 +120,3 @@ fn weighted<'a, 'w, R: Rng + ?Sized>(
         won
     })
 }
-
-#[cfg(test)]
-mod tests;

@@ -280,6 +280,3 @@ impl Snapshot {
         NetworkAddress::new(Arc::clone(&self.network), ip)
     }
 }
-
-#[cfg(test)]
-mod tests;

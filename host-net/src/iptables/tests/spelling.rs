@@ -208,7 +208,7 @@ fn tables_of(chains: Chains) -> Vec<Table> {
 }
 
 fn written_is_read_back(family: Family, chains: Chains) {
-    for variant in variants() {
+    for variant in Variant::ALL {
         let netns = Netns::create_unnamed().unwrap();
         shell(
             &netns,

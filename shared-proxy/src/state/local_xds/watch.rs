@@ -87,6 +87,3 @@ async fn follow(path: PathBuf, store: Arc<Store>, mut seen: Option<Stamp>) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

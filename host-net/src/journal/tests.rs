@@ -1,0 +1,106 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use super::*;
+use crate::plan::Sysctl;
+
+fn record(name: &str, ino: u64, value: &str) -> Record {
+    Record {
+        plan: Plan {
+            name: name.to_owned(),
+            steps: vec![Step::Sysctl(Sysctl {
+                key: "net/ipv4/conf/eth0.5/rp_filter".to_owned(),
+                value: value.to_owned(),
+            })],
+        },
+        place_label: "host".to_owned(),
+        netns: NetnsId { dev: 4, ino },
+        netns_path: Some(PathBuf::from("/run/netns/x")),
+        boot_id: boot_id(),
+        previous_sysctls: BTreeMap::from([(
+            "net/ipv4/conf/eth0.5/rp_filter".to_owned(),
+            "1".to_owned(),
+        )]),
+        preexisting: Vec::new(),
+        nft_caused: vec![NftHook {
+            family: Family::V6,
+            table: Table::Nat,
+            chain: None,
+        }],
+        iptables: Iptables::both(crate::iptables::Variant::Legacy),
+    }
+}
+
+#[test]
+fn a_record_survives_reopening_and_is_gone_when_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path().join("a/b")).unwrap();
+    let wanted = record("host-node", 7, "2");
+    journal.store(&wanted).unwrap();
+    let again = Journal::open(dir.path().join("a/b")).unwrap();
+    assert_eq!(again.load("host-node").unwrap(), Some(wanted));
+    assert_eq!(again.list().unwrap(), ["host-node"]);
+    again.forget("host-node").unwrap();
+    again.forget("host-node").unwrap();
+    assert_eq!(journal.load("host-node").unwrap(), None);
+}
+
+#[test]
+fn a_replaced_record_is_seen_even_if_another_program_replaced_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mine = Journal::open(dir.path()).unwrap();
+    let other = Journal::open(dir.path()).unwrap();
+    for round in 0..20 {
+        // Same length each time, so that only inode or time can tell the difference.
+        let wanted = record("p", 7, &(round % 10).to_string());
+        other.store(&wanted).unwrap();
+        assert_eq!(mine.load("p").unwrap(), Some(wanted));
+    }
+}
+
+#[test]
+fn a_damaged_record_is_an_error_of_its_own_and_does_not_hide_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    journal.store(&record("good", 7, "0")).unwrap();
+    journal.store(&record("elsewhere", 8, "0")).unwrap();
+    fs::write(dir.path().join("bad.json"), "{\"plan\":").unwrap();
+    let error = journal.load("bad").unwrap_err().to_string();
+    assert!(error.contains("bad.json is damaged"), "{error}");
+    let others = journal
+        .others_in(NetnsId { dev: 4, ino: 7 }, "mine")
+        .unwrap();
+    assert_eq!(others.len(), 1);
+    assert_eq!(others[0].plan.name, "good");
+}
+
+#[test]
+fn a_half_written_file_is_never_taken_for_a_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    fs::write(dir.path().join(".p.1.tmp"), "{").unwrap();
+    assert!(journal.list().unwrap().is_empty());
+}
+
+#[test]
+fn names_that_leave_the_directory_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    for name in ["", "..", "../x", "a/b", ".hidden", "a b"] {
+        assert!(
+            matches!(journal.load(name), Err(JournalError::Name(_))),
+            "{name:?}"
+        );
+    }
+}
+
+#[test]
+fn an_unwritable_record_leaves_the_previous_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    let first = record("p", 7, "0");
+    journal.store(&first).unwrap();
+    // A directory where the file written aside should be: creation fails for root too.
+    fs::create_dir(dir.path().join(format!(".p.{}.tmp", std::process::id()))).unwrap();
+    assert!(journal.store(&record("p", 7, "1")).is_err());
+    assert_eq!(journal.load("p").unwrap(), Some(first));
+}
