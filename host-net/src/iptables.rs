@@ -368,9 +368,11 @@ fn failed(
     finished: &process::Finished,
     line: Option<(usize, String)>,
 ) -> IptablesError {
+    // The first complaint is the cause; iptables-nft goes on to complain about every line after it.
     let words = finished.stderr.lines().map(str::trim);
     let words: Vec<&str> = words
         .filter(|line| !line.is_empty() && !line.starts_with("Try `"))
+        .take(3)
         .collect();
     IptablesError::Failed {
         program,

@@ -1,1 +1,188 @@
-//! scope.
+//! The in-pod capture's sockets: one scope per pod, every socket in the pod's own namespace and marked.
+//!
+//! Whose a connection is, is fixed by the namespace it came from. The mark keeps the proxy's sockets out of the pod's
+//! redirection and leads answers to spoofed clients back (see [`crate::plan`]).
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use host_net::netns::Netns;
+use shared_proxy::capture::{
+    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload, OUTBOUND_PORT,
+    OnBehalfOf, OrigDstAddr, Refusal, Role, Scope, ScopeId,
+};
+use shared_proxy::ports::{self, SourcePorts};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use tokio::net::TcpSocket;
+
+use crate::facts::MARK_PROXY;
+
+/// Value of the label `capture_mode`.
+pub const CAPTURE_MODE: &str = "inpod";
+
+/// Connections that wait to be accepted. The kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+/// Keepalive: an idle connection is probed after this.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_RETRIES: u32 = 4;
+
+/// Why a pod cannot have a scope.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ScopeError {
+    /// A pod with the host's network, or a wrong descriptor.
+    #[error(
+        "pod {pod}: its network namespace {netns} is the proxy's own; capturing it would capture the proxy"
+    )]
+    OwnNamespace {
+        /// `namespace/name`.
+        pod: String,
+        /// The namespace.
+        netns: host_net::netns::NetnsId,
+    },
+}
+
+/// The scope of one pod.
+#[derive(Debug)]
+pub struct InpodScope {
+    id: ScopeId,
+    netns: Netns,
+    workload: LocalWorkload,
+}
+
+/// Shared by all pods: ports belong to a namespace, but counting them together does no harm and costs no memory per pod.
+static PORTS: LazyLock<SourcePorts> = LazyLock::new(|| SourcePorts::new(ports::INPOD));
+
+impl InpodScope {
+    /// A scope whose sockets are in `netns`, the pod's namespace; `own` is the proxy's.
+    pub fn new(netns: Netns, workload: LocalWorkload, own: &Netns) -> Result<Self, ScopeError> {
+        if netns.id() == own.id() {
+            return Err(ScopeError::OwnNamespace {
+                pod: pod_name(&workload),
+                netns: netns.id(),
+            });
+        }
+        Ok(Self {
+            id: ScopeId {
+                capture_mode: CAPTURE_MODE,
+                instance: Arc::clone(&workload.uid),
+            },
+            netns,
+            workload,
+        })
+    }
+
+    /// The pod.
+    pub fn workload(&self) -> &LocalWorkload {
+        &self.workload
+    }
+
+    fn listener(&self, role: Role, port: u16) -> io::Result<Listener> {
+        let socket = self.socket_in_pod(Domain::IPV4)?;
+        socket.set_reuse_address(true)?;
+        // Two proxies serve a pod while one replaces the other.
+        socket.set_reuse_port(true)?;
+        socket.set_ip_transparent_v4(true)?;
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        socket.bind(&SockAddr::from(address)).map_err(|error| {
+            named(
+                error,
+                format!("listener {address} in pod {}", pod_name(&self.workload)),
+            )
+        })?;
+        socket.listen(BACKLOG)?;
+        Listener::new(role, TcpListener::from(socket))
+    }
+
+    /// A socket with the options that all have; on a listener they are inherited by what it accepts.
+    fn socket_in_pod(&self, domain: Domain) -> io::Result<Socket> {
+        let socket = self.netns.run(|| {
+            Socket::new(
+                domain,
+                Type::STREAM.nonblocking().cloexec(),
+                Some(Protocol::TCP),
+            )
+        })??;
+        socket.set_mark(MARK_PROXY.value)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_tcp_keepalive(
+            &TcpKeepalive::new()
+                .with_time(KEEPALIVE_IDLE)
+                .with_interval(KEEPALIVE_INTERVAL)
+                .with_retries(KEEPALIVE_RETRIES),
+        )?;
+        Ok(socket)
+    }
+}
+
+impl Scope for InpodScope {
+    fn id(&self) -> &ScopeId {
+        &self.id
+    }
+
+    fn owner(
+        &self,
+        role: Role,
+        client: ClientAddr,
+        dst: OrigDstAddr,
+    ) -> Result<LocalWorkload, Refusal> {
+        let address = match role {
+            Role::Outbound | Role::Dns => client.0.ip(),
+            Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
+        };
+        // Agents without our extension do not tell a pod's addresses.
+        if self.workload.addresses.is_empty() || self.workload.addresses.contains(&address) {
+            Ok(self.workload.clone())
+        } else {
+            Err(Refusal::ForeignAddress {
+                address,
+                pod: pod_name(&self.workload),
+            })
+        }
+    }
+
+    fn listen(&self, role: Role) -> io::Result<Vec<Listener>> {
+        let port = match role {
+            Role::Outbound => OUTBOUND_PORT,
+            Role::InboundPlaintext => INBOUND_PLAINTEXT_PORT,
+            Role::InboundHbone => HBONE_PORT,
+            Role::Dns => return Ok(Vec::new()),
+        };
+        Ok(vec![self.listener(role, port)?])
+    }
+
+    fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
+        let socket = self.socket_in_pod(Domain::for_address(to))?;
+        // The pod's own address is what the namespace gives anyway; only a client's has to be put on.
+        if let OnBehalfOf::RemoteClient(client) = who
+            && spoofs(client, to.ip())
+        {
+            if client.is_ipv4() != to.is_ipv4() {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("{client} cannot speak to {to}: different address families"),
+                ));
+            }
+            socket.set_ip_transparent_v4(true)?;
+            PORTS
+                .bind(&socket, client, to)
+                .map_err(|error| named(error, format!("socket from {client} to {to}")))?;
+        }
+        Ok(TcpSocket::from_std_stream(TcpStream::from(socket)))
+    }
+}
+
+/// With equal ends (the pod reaches itself through its service) the kernel's choice is right already.
+fn spoofs(client: IpAddr, destination: IpAddr) -> bool {
+    client != destination && !client.is_loopback()
+}
+
+fn pod_name(workload: &LocalWorkload) -> String {
+    format!("{}/{}", workload.namespace, workload.name)
+}
+
+fn named(error: io::Error, what: String) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
+}

@@ -1,7 +1,7 @@
 //! The lab: nodes, pods and traffic in network namespaces; load, measurement and reports.
 //!
 //! [`topology`] says what a lab consists of, [`standing`] builds and removes it, [`traffic`] is the load generator,
-//! [`bench`] measures.
+//! [`mod@bench`] measures.
 #![forbid(unsafe_code)]
 
 pub mod bench;

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use host_net::netns::Netns;
 
-use crate::topology::{LABS_DIR, LabSpec, Topology, lab_dir, netns_prefix, spec};
+use crate::topology::{LABS_DIR, LabSpec, Mode, Topology, lab_dir, netns_prefix, spec};
 
 pub use demolish::down;
 pub use process::{Captured, Process};
@@ -39,6 +39,9 @@ pub type Progress<'a> = &'a dyn Fn(&str);
 /// With this environment variable set to anything but the empty string, a lab that could not be built stays for
 /// inspection.
 pub const KEEP_ENV: &str = "AMBIDEX_LAB_KEEP";
+
+/// Names the lab to programs that run in it, and to `ambidex lab` where the command line does not.
+pub const LAB_ENV: &str = "AMBIDEX_LAB";
 
 /// A lab that stands. Dropping the value leaves it standing.
 #[derive(Debug)]
@@ -69,6 +72,7 @@ pub enum Daemon {
 /// A lab that could not be built is removed, unless [`KEEP_ENV`] is set; the error carries the end of its logs.
 pub fn up(spec: &LabSpec, progress: Progress<'_>) -> Result<Lab> {
     spec.validate()?;
+    check_programs(spec)?;
     let _lock = Lock::take(&spec.name)?;
     if let Some(standing) = Lab::find(&spec.name)? {
         return standing.if_it_is(spec);
@@ -341,6 +345,19 @@ impl Drop for ScopedLab {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// A missing program is said at once and not by a process that ends in the middle of building.
+fn check_programs(spec: &LabSpec) -> Result<()> {
+    if spec.mode == Mode::None {
+        return Ok(());
+    }
+    for program in [&spec.programs.ambidex, &spec.programs.ambidex_cni] {
+        program
+            .metadata()
+            .with_context(|| format!("{}, which the lab runs", program.display()))?;
+    }
+    Ok(())
 }
 
 /// Names of the network namespaces of a lab that exist, known to its record or not.

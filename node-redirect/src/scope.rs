@@ -1,1 +1,303 @@
-//! scope.
+//! The node capture's sockets: one set of listeners and one dialler, in the proxy's own namespace, for all pods of the
+//! node that the agent announced.
+//!
+//! Whose a connection is, is told by its addresses. The proxy speaks with pods' and clients' addresses from here; the
+//! node and this namespace lead the answers back (see [`crate::plan`]).
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::str::FromStr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use host_net::netns::Netns;
+use host_net::plan::MarkMatch;
+use shared_proxy::capture::{
+    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload, OUTBOUND_PORT,
+    OnBehalfOf, OrigDstAddr, Refusal, Role, SAME_NODE_HBONE_PORT, Scope, ScopeId,
+};
+use shared_proxy::ports::{self, SourcePorts};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use tokio::net::TcpSocket;
+
+use crate::facts::{
+    MARK_SAME_NODE, MARK_SOCKET_INBOUND, MARK_SOCKET_OUTBOUND, TUNNEL_IN, TUNNEL_OUT,
+};
+use crate::plan::Flow;
+
+/// Value of the label `capture_mode`.
+pub const CAPTURE_MODE: &str = "node";
+
+/// Connections that wait to be accepted. The kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+/// Keepalive: an idle connection is probed after this, because what leads its packets to the proxy is the node's
+/// conntrack entry, and a dead peer must not hold it.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_RETRIES: u32 = 4;
+
+/// What becomes of a connection between two captured pods of this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum SameNode {
+    /// An HBONE tunnel like any other, looped on the namespace's `lo`.
+    #[default]
+    Hbone,
+    /// Handed over inside the process, in the clear: what the field's proxy did.
+    Direct,
+}
+
+impl SameNode {
+    /// The word used in flags and messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            SameNode::Hbone => "hbone",
+            SameNode::Direct => "direct",
+        }
+    }
+}
+
+impl fmt::Display for SameNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A word that is neither `hbone` nor `direct`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no way between two pods of one node: hbone or direct")]
+pub struct UnknownSameNode(pub String);
+
+impl FromStr for SameNode {
+    type Err = UnknownSameNode;
+
+    fn from_str(text: &str) -> Result<Self, UnknownSameNode> {
+        match text {
+            "hbone" => Ok(SameNode::Hbone),
+            "direct" => Ok(SameNode::Direct),
+            other => Err(UnknownSameNode(other.to_owned())),
+        }
+    }
+}
+
+/// How node-captured pods are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeScopeConfig {
+    /// How the proxy's answers travel; must be the flow of the node's plan.
+    pub flow: Flow,
+    /// What becomes of connections between two captured pods of this node.
+    pub same_node: SameNode,
+    /// Addresses that are local to the *node*. The proxy never speaks with them: the answers would be delivered to the
+    /// node. The node's ends of the tunnels, to which masqueraded clients are mapped, are always among them.
+    pub local_addresses: Vec<IpAddr>,
+}
+
+/// The pods that the agent announced.
+#[derive(Debug, Default)]
+struct Announced {
+    by_address: HashMap<IpAddr, LocalWorkload>,
+}
+
+/// The scope of all node-captured pods of one node.
+#[derive(Debug)]
+pub struct NodeScope {
+    id: ScopeId,
+    netns: Netns,
+    flow: Flow,
+    same_node: SameNode,
+    never_spoofed: HashSet<IpAddr>,
+    announced: RwLock<Announced>,
+    ports: SourcePorts,
+}
+
+impl NodeScope {
+    /// A scope whose sockets are in `proxy_netns`, the proxy's own namespace. No pod is announced.
+    pub fn new(proxy_netns: Netns, config: NodeScopeConfig) -> Self {
+        let tunnel_ends = [TUNNEL_IN.host_addr, TUNNEL_OUT.host_addr].map(IpAddr::V4);
+        Self {
+            id: ScopeId {
+                capture_mode: CAPTURE_MODE,
+                instance: Arc::from(""),
+            },
+            netns: proxy_netns,
+            flow: config.flow,
+            same_node: config.same_node,
+            never_spoofed: config
+                .local_addresses
+                .into_iter()
+                .chain(tunnel_ends)
+                .collect(),
+            announced: RwLock::default(),
+            ports: SourcePorts::new(ports::NODE),
+        }
+    }
+
+    /// Serves this pod from here on: connections from and to its addresses are its own. Announced again, it is replaced;
+    /// an address that another pod held is the new one's (addresses are re-used faster than deletions arrive).
+    pub fn announce(&self, workload: LocalWorkload) {
+        let mut announced = self.announced_mut();
+        announced
+            .by_address
+            .retain(|_, other| other.uid != workload.uid);
+        for address in workload.addresses.iter() {
+            announced.by_address.insert(*address, workload.clone());
+        }
+    }
+
+    /// Refuses the pod's connections from here on. Returns whether it was announced.
+    pub fn withdraw(&self, uid: &str) -> bool {
+        let mut announced = self.announced_mut();
+        let before = announced.by_address.len();
+        announced.by_address.retain(|_, pod| &*pod.uid != uid);
+        announced.by_address.len() != before
+    }
+
+    fn announced(&self) -> RwLockReadGuard<'_, Announced> {
+        self.announced
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announced_mut(&self) -> RwLockWriteGuard<'_, Announced> {
+        self.announced
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pod_at(&self, address: IpAddr) -> Option<LocalWorkload> {
+        self.announced().by_address.get(&address).cloned()
+    }
+
+    /// Whether the proxy may speak with `source` towards `destination`.
+    fn spoofs(&self, source: IpAddr, destination: IpAddr) -> bool {
+        // With equal ends the packet would be dropped as one of the receiver's own.
+        source != destination && !source.is_loopback() && !self.never_spoofed.contains(&source)
+    }
+
+    /// Whether this is a tunnel to a pod of this node, which no route leads to from here.
+    fn loops(&self, to: SocketAddr, who: OnBehalfOf) -> bool {
+        self.same_node == SameNode::Hbone
+            && to.port() == HBONE_PORT
+            && matches!(who, OnBehalfOf::LocalWorkload(_))
+            && self.announced().by_address.contains_key(&to.ip())
+    }
+
+    /// The mark that leads a listener's answers back into the tunnel through which the client came.
+    fn answer_mark(&self, role: Role) -> Option<MarkMatch> {
+        match (self.flow, role) {
+            (Flow::Hybrid, _) => None,
+            (Flow::Tunnel, Role::Outbound) => Some(MARK_SOCKET_OUTBOUND),
+            (Flow::Tunnel, _) => Some(MARK_SOCKET_INBOUND),
+        }
+    }
+
+    fn listener(&self, role: Role, port: u16, mark: Option<MarkMatch>) -> io::Result<Listener> {
+        let socket = self.netns.run(|| tcp_socket(Domain::IPV4))??;
+        prepare(&socket)?;
+        socket.set_reuse_address(true)?;
+        socket.set_ip_transparent_v4(true)?;
+        if let Some(mark) = mark {
+            socket.set_mark(mark.value)?;
+        }
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        socket
+            .bind(&SockAddr::from(address))
+            .map_err(|error| named(error, format!("listener {address} in {:?}", self.netns)))?;
+        socket.listen(BACKLOG)?;
+        Listener::new(role, TcpListener::from(socket))
+    }
+}
+
+impl Scope for NodeScope {
+    fn id(&self) -> &ScopeId {
+        &self.id
+    }
+
+    fn owner(
+        &self,
+        role: Role,
+        client: ClientAddr,
+        dst: OrigDstAddr,
+    ) -> Result<LocalWorkload, Refusal> {
+        let address = match role {
+            Role::Outbound | Role::Dns => client.0.ip(),
+            Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
+        };
+        self.pod_at(address).ok_or(Refusal::UnknownOwner(address))
+    }
+
+    fn listen(&self, role: Role) -> io::Result<Vec<Listener>> {
+        let mark = self.answer_mark(role);
+        match role {
+            Role::Outbound => Ok(vec![self.listener(role, OUTBOUND_PORT, mark)?]),
+            Role::InboundPlaintext => {
+                Ok(vec![self.listener(role, INBOUND_PLAINTEXT_PORT, mark)?])
+            }
+            Role::InboundHbone => {
+                let mut listeners = vec![self.listener(role, HBONE_PORT, mark)?];
+                if self.same_node == SameNode::Hbone {
+                    listeners.push(self.listener(
+                        role,
+                        SAME_NODE_HBONE_PORT,
+                        Some(MARK_SAME_NODE),
+                    )?);
+                }
+                Ok(listeners)
+            }
+            Role::Dns => Ok(Vec::new()),
+        }
+    }
+
+    fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
+        let (OnBehalfOf::LocalWorkload(source) | OnBehalfOf::RemoteClient(source)) = who;
+        let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
+        prepare(&socket)?;
+        if self.loops(to, who) {
+            socket.set_mark(MARK_SAME_NODE.value)?;
+        }
+        if self.spoofs(source, to.ip()) {
+            if source.is_ipv4() != to.is_ipv4() {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("{source} cannot speak to {to}: different address families"),
+                ));
+            }
+            socket.set_ip_transparent_v4(true)?;
+            self.ports
+                .bind(&socket, source, to)
+                .map_err(|error| named(error, format!("socket from {source} to {to}")))?;
+        }
+        Ok(TcpSocket::from_std_stream(TcpStream::from(socket)))
+    }
+
+    fn hand_over(&self, dst: IpAddr) -> Option<LocalWorkload> {
+        match self.same_node {
+            SameNode::Hbone => None,
+            SameNode::Direct => self.pod_at(dst),
+        }
+    }
+}
+
+fn tcp_socket(domain: Domain) -> io::Result<Socket> {
+    Socket::new(
+        domain,
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )
+}
+
+/// Options of every socket. On a listener they are inherited by what it accepts, which saves calls per connection.
+fn prepare(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_RETRIES),
+    )
+}
+
+fn named(error: io::Error, what: String) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
+}

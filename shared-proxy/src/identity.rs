@@ -19,3 +19,6 @@ pub use manager::{CertificateInfo, CertificateState, Certificates, RefreshPolicy
 pub use provider::provider;
 pub use spiffe::{DEFAULT_TRUST_DOMAIN, Identity, InvalidIdentity};
 pub use verify::{PeerError, peer_identity};
+
+#[cfg(test)]
+mod handshake_tests;

@@ -179,7 +179,7 @@ fn a_set_that_a_rule_uses_is_not_destroyed() {
     sets.create(&set("used", false)).unwrap();
     shell(
         &netns,
-        "iptables-nft -t mangle -A OUTPUT -m set --match-set used dst -j ACCEPT",
+        "iptables-legacy -t mangle -A OUTPUT -m set --match-set used dst -j ACCEPT",
     );
     assert_eq!(sets.header("used").unwrap().unwrap().references, 1);
     let error = sets.destroy("used").unwrap_err().to_string();
@@ -187,7 +187,7 @@ fn a_set_that_a_rule_uses_is_not_destroyed() {
         error.contains("ipset used: destroy: the set is in use"),
         "{error}"
     );
-    shell(&netns, "iptables-nft -t mangle -F OUTPUT");
+    shell(&netns, "iptables-legacy -t mangle -F OUTPUT");
     assert!(sets.destroy("used").unwrap());
     assert!(!sets.destroy("used").unwrap());
 }

@@ -1,12 +1,14 @@
 //! Building: namespaces, links, rules, pods, then the daemons.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use host_net::iptables::Iptables;
 use host_net::netns::Netns;
+use host_net::plan::Family;
+use host_net::sysctl;
 use nix::sys::signal::Signal;
 
 use super::process::{self, Process};
@@ -14,7 +16,7 @@ use super::{Daemon, Lab, Progress, cgroup};
 use crate::topology::network::Attachment;
 use crate::topology::{Kind, Mode, Node, Pod};
 
-/// Bound of one call of `ip` or `iptables-restore`. User-Mode Linux needs a second for some.
+/// Bound of one call of `ip`. User-Mode Linux needs a second for some.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a killed pause process may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
@@ -44,9 +46,10 @@ impl Lab {
         }
         progress(&format!("lab {lab}: service and masquerade rules"));
         for node in &topology.nodes {
-            let netns = Netns::open(Netns::path_of(&node.netns))?;
-            restore_rules(&netns, &topology.kube_rules(node))
-                .with_context(|| format!("rules of {}", node.name))?;
+            let netns = self.netns(&node.name)?;
+            let iptables = Iptables::choose(&netns, [Family::V4])?;
+            let restored = iptables.restore(&netns, Family::V4, &topology.kube_rules(node));
+            restored.with_context(|| format!("rules of {}", node.name))?;
         }
         for (_, pod) in topology.pods() {
             self.start_pause(pod, progress)?;
@@ -157,9 +160,7 @@ impl Lab {
     }
 
     fn write_sysctl(&self, target: &str, key: &str, value: &str) -> Result<()> {
-        let path = PathBuf::from("/proc/sys").join(key);
-        let written = self.netns(target)?.run(|| fs::write(&path, value))?;
-        written.with_context(|| format!("{target}: {}", path.display()))
+        sysctl::write(&self.netns(target)?, key, value).with_context(|| target.to_owned())
     }
 }
 
@@ -184,22 +185,4 @@ fn ip_batch(netns: &str, batch: &str) -> Result<()> {
     let done = process::run_captured(&here, &mut command, batch, TOOL_LIMIT)?;
     done.success(&format!("ip -netns {netns} -batch\n{batch}"))?;
     Ok(())
-}
-
-/// Loads rules with nf_tables where this kernel has them for IPv4, else with legacy tables.
-fn restore_rules(netns: &Netns, rules: &str) -> Result<()> {
-    let mut failures = Vec::new();
-    for program in ["iptables-nft-restore", "iptables-legacy-restore"] {
-        let mut command = Command::new(program);
-        command.args(["--noflush", "--wait", "5"]);
-        let done = process::run_captured(netns, &mut command, rules, TOOL_LIMIT);
-        match done.and_then(|done| done.success(program)) {
-            Ok(_) => return Ok(()),
-            Err(error) => failures.push(format!("{error:#}")),
-        }
-    }
-    bail!(
-        "neither kind of iptables takes them: {}",
-        failures.join("; ")
-    )
 }

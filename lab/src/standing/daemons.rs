@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::process::{self, Process};
-use super::{Daemon, Lab, Progress};
+use super::{Daemon, LAB_ENV, Lab, Progress};
 use crate::topology::LabSpec;
 
 /// How long a node's daemons may take to be ready. User-Mode Linux needs a good part of it.
@@ -22,6 +22,8 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// How long a daemon may take to end when asked to: its own drain time and some more.
 const STOPS_WITHIN: Duration = Duration::from_secs(15);
+/// How long a daemon may take from its start until it can be asked to end.
+const HANDLES_WITHIN: Duration = Duration::from_secs(3);
 /// How long a killed process may take to go.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
 /// Lines of a log that an error quotes.
@@ -38,6 +40,7 @@ impl Lab {
             ("AMBIDEX_CA_DIR".to_owned(), path(self.dir().join("ca"))),
             ("LOCAL_XDS_PATH".to_owned(), path(self.workloads_path())),
             ("NODE_NAME".to_owned(), format!("node{node}")),
+            (LAB_ENV.to_owned(), self.name()),
             ("INPOD_UDS".to_owned(), socket.clone()),
             ("ZTUNNEL_UDS_ADDRESS".to_owned(), socket),
         ]);
@@ -118,6 +121,10 @@ impl Lab {
         let Some(process) = self.process(node, daemon) else {
             return Ok(());
         };
+        // A daemon that has only just started would never see it: it is the first process of its pid namespace.
+        process::wait_until(HANDLES_WITHIN, || {
+            process.handles(Signal::SIGTERM) || !process.is_alive()
+        });
         process.signal(Signal::SIGTERM)?;
         if process.wait_gone(STOPS_WITHIN) {
             return self.forget(node, daemon);

@@ -66,6 +66,14 @@ impl Process {
         }
     }
 
+    /// Whether it has a handler for a signal. The first process of a pid namespace never gets a signal without one.
+    pub fn handles(self, signal: Signal) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let mask = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
+    }
+
     /// Waits until it has ended; false if it still runs after `limit`.
     pub fn wait_gone(self, limit: Duration) -> bool {
         wait_until(limit, || !self.is_alive())
@@ -332,6 +340,17 @@ mod tests {
         process.signal(Signal::SIGKILL).unwrap();
         assert!(process.wait_gone(Duration::from_secs(5)));
         let _ = child.wait();
+    }
+
+    #[test]
+    fn a_handler_is_seen_once_it_is_installed() {
+        let script = "trap : USR1; while :; do sleep 0.05; done";
+        let mut child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        let process = Process::of_pid(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(wait_until(Duration::from_secs(5), || process.handles(Signal::SIGUSR1)));
+        assert!(!process.handles(Signal::SIGUSR2));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Running programs in a lab: for a user (`lab exec`), to their end, or in the background; and the traffic tool.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::Lab;
 use super::process::{self, Captured};
+use super::{LAB_ENV, Lab};
 use crate::traffic::{ClientOptions, Outcome, TrafficCommand};
 
 /// How long a server may take to listen.
@@ -105,7 +105,7 @@ impl Lab {
         let log = self
             .dir()
             .join("log")
-            .join(Path::new(label).with_extension("log"));
+            .join(format!("{}.log", label.replace('/', "_")));
         let log_start = fs::metadata(&log).map_or(0, |metadata| metadata.len());
         let child =
             process::spawn_detached(&self.netns(target)?, &self.command(target, argv)?, &log)?;
@@ -161,9 +161,10 @@ impl Lab {
         };
         let mut command = Command::new(program.as_ref());
         command.args(arguments.iter().map(AsRef::as_ref));
-        if let Some((_, _, Some(node))) = self.topology().target(target) {
-            command.envs(self.environment(node));
-        }
+        match self.topology().target(target) {
+            Some((_, _, Some(node))) => command.envs(self.environment(node)),
+            _ => command.env(LAB_ENV, self.name()),
+        };
         Ok(command)
     }
 

@@ -3,7 +3,6 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -38,11 +37,6 @@ fn no_programs() -> Programs {
     Programs::beside(Path::new("/nonexistent/ambidex"))
 }
 
-fn output(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
-}
-
 /// What of a lab of this name is on the machine, and what no lab may touch.
 fn traces(lab: &str) -> Vec<String> {
     let mut traces = existing_netns(lab).unwrap();
@@ -54,11 +48,14 @@ fn traces(lab: &str) -> Vec<String> {
             .then(|| "lock".to_owned()),
     );
     traces.extend(cgroup::exist(lab).then(|| "control group".to_owned()));
-    traces.push(output("ip", &["-o", "-brief", "link"]));
-    traces.push(output("ip", &["rule"]));
-    traces.push(output("ip", &["route", "show", "table", "all"]));
-    traces
-        .extend(["iptables-nft-save", "iptables-legacy-save"].map(|program| output(program, &[])));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let here = runtime
+        .block_on(host_net::dump::dump(&Netns::current().unwrap()))
+        .unwrap();
+    traces.push(here.to_string());
     traces
 }
 
@@ -289,7 +286,11 @@ fn exec_gives_the_exit_code_and_the_environment_of_the_target() {
     let script = |script: &str| ["sh", "-c", script].map(str::to_owned);
     assert_eq!(exec(&spec.name, "pod1-2", &script("exit 7")).unwrap(), 7);
     assert_eq!(exec(&spec.name, "out", &script("kill -9 $$")).unwrap(), 137);
-    let wanted = format!("test $AMBIDEX_RUN_DIR = {}", lab.run_dir(2).display());
+    let wanted = format!(
+        "test $AMBIDEX_RUN_DIR:$AMBIDEX_LAB = {}:{}",
+        lab.run_dir(2).display(),
+        spec.name
+    );
     assert_eq!(exec(&spec.name, "proxy2", &script(&wanted)).unwrap(), 0);
     let found = lab
         .run(
@@ -444,6 +445,9 @@ fn a_daemon_that_ends_at_start_fails_the_build_with_its_log_and_leaves_nothing()
     assert_eq!(traces(&spec.name), before);
     programs_gone.programs = no_programs();
     let error = format!("{:#}", up(&programs_gone, &quiet).unwrap_err());
-    assert!(error.contains("agent1"), "{error}");
+    assert!(
+        error.contains("/nonexistent/ambidex, which the lab runs"),
+        "{error}"
+    );
     assert_eq!(traces(&spec.name), before);
 }

@@ -307,3 +307,6 @@ fn check_pair(
     }
     Ok(root.validity().not_after.to_datetime())
 }
+
+#[cfg(test)]
+mod tests;

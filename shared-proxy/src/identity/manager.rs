@@ -337,3 +337,6 @@ impl CertificateInfo {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! The checks of a peer: its certificate chains to the roots, and its one URI SAN is an identity that is acceptable.
 //! DNS names play no part.
 
+use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -19,7 +21,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::{Identity, InvalidIdentity};
 
 /// Why a peer's certificate is not accepted although it chains to a root.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
     /// The peer sent none.
     #[error("the peer has no certificate")]
@@ -52,6 +54,23 @@ pub enum PeerError {
         /// Our own trust domain.
         local: Arc<str>,
     },
+}
+
+/// rustls shows a custom verifier's error in its debug form, so that form is for people too.
+impl fmt::Debug for PeerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl PeerError {
+    /// The error of this kind inside an I/O error that a TLS handshake ended with, if that is why it did.
+    pub fn in_io_error(error: &io::Error) -> Option<&Self> {
+        match error.get_ref()?.downcast_ref::<Error>()? {
+            Error::InvalidCertificate(CertificateError::Other(other)) => other.0.downcast_ref(),
+            _ => None,
+        }
+    }
 }
 
 fn list(identities: &[Identity]) -> String {

@@ -120,3 +120,6 @@ fn weighted<'a, 'w, R: Rng + ?Sized>(
         won
     })
 }
+
+#[cfg(test)]
+mod tests;

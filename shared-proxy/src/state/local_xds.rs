@@ -15,9 +15,10 @@ pub use watch::{POLL_INTERVAL, watch_file};
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Document {
-    workloads: Vec<Workload>,
-    services: Vec<Service>,
-    policies: Vec<Policy>,
+    // A key with nothing behind it is an empty list.
+    workloads: Option<Vec<Workload>>,
+    services: Option<Vec<Service>>,
+    policies: Option<Vec<Policy>>,
 }
 
 /// Why a text or a file is not a mesh.
@@ -53,18 +54,31 @@ pub enum LocalXdsError {
 /// Reads a mesh from YAML. Unknown and repeated keys are errors. An empty text is an empty mesh.
 pub fn parse(text: &str) -> Result<Snapshot, LocalXdsError> {
     let document: Option<Document> = serde_saphyr::from_str_with_options(text, options(text.len()))
-        .map_err(|e| LocalXdsError::Yaml(e.to_string()))?;
-    let Document {
-        workloads,
-        services,
-        policies,
-    } = document.unwrap_or_default();
+        .map_err(|e| LocalXdsError::Yaml(in_one_line(&e, text)))?;
+    let document = document.unwrap_or_default();
+    let workloads = document.workloads.unwrap_or_default();
+    let services = document.services.unwrap_or_default();
+    let policies = document.policies.unwrap_or_default();
     for workload in &workloads {
         workload
             .identity()
             .map_err(|e| LocalXdsError::Identity(workload.display_name(), e))?;
     }
     Ok(Snapshot::new(workloads, services, policies)?)
+}
+
+/// The parser's message, which names line and column, with the line it is about: a log has room for one line.
+fn in_one_line(error: &serde_saphyr::Error, text: &str) -> String {
+    let message = error.without_snippet().to_string().replace('\n', " ");
+    let line = error
+        .location()
+        .and_then(|location| usize::try_from(location.line()).ok())
+        .and_then(|line| text.lines().nth(line.saturating_sub(1)))
+        .map(|line| line.trim().chars().take(100).collect::<String>());
+    match line {
+        Some(line) => format!("{message}: `{line}`"),
+        None => message,
+    }
 }
 
 /// The parser's limits are for small configurations; a mesh may be large, but never has more nodes than its text has
@@ -92,3 +106,6 @@ pub fn load(path: &Path) -> Result<Snapshot, LocalXdsError> {
         error: Box::new(error),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -292,3 +292,8 @@ impl ServiceAccountMatch {
             && self.service_account == *identity.service_account()
     }
 }
+
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod tests;

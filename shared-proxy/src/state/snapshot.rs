@@ -280,3 +280,6 @@ impl Snapshot {
         NetworkAddress::new(Arc::clone(&self.network), ip)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -208,7 +208,7 @@ fn tables_of(chains: Chains) -> Vec<Table> {
 }
 
 fn written_is_read_back(family: Family, chains: Chains) {
-    for variant in Variant::ALL {
+    for variant in variants() {
         let netns = Netns::create_unnamed().unwrap();
         shell(
             &netns,

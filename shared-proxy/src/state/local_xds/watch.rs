@@ -87,3 +87,6 @@ async fn follow(path: PathBuf, store: Arc<Store>, mut seen: Option<Stamp>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
