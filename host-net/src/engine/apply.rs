@@ -1,6 +1,7 @@
 //! Moving a place from one plan to another, or not at all.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::carrier::Carrier;
 use super::firewall;
@@ -9,6 +10,7 @@ use super::prepare::Prepared;
 use super::tables::{Edit, Gate};
 use super::transition::{runs, same_object};
 use super::turn;
+use crate::iptables::Iptables;
 use crate::journal::{Journal, JournalError, Record, boot_id};
 use crate::plan::{Family, Place, Plan, Step};
 
@@ -84,6 +86,11 @@ fn rolled_back(left: &[String]) -> String {
 /// a crash an empty `from` is fine. Objects of `to` that are gone or were changed by others are made again. The
 /// journal is written before the kernel is touched. A place that is already as wanted is not touched.
 ///
+/// If the future is dropped half-way, the change stays half done; the journal covers it, and applying again or [`undo`]
+/// completes it either way.
+///
+/// [`undo`]: super::undo
+///
 /// # Errors
 /// See [`ApplyError`]. On every error the place is as it was before, or the error says what is not.
 pub async fn apply(
@@ -106,7 +113,10 @@ pub async fn apply(
     let before = journal.load(&to.name)?;
     let others = journal.others_in(place.netns.id(), &to.name)?;
     let known = before.as_ref().filter(|record| is_about(record, place));
-    let kernel = Kernel::new(place, known.map_or_else(Default::default, |r| r.iptables));
+    let kernel = Kernel::new(
+        place,
+        variants(known.into_iter().chain(others.iter().map(Arc::as_ref))),
+    );
     let prepared = Prepared::new(&kernel, from, to, known, &others)
         .await
         .map_err(look)?;
@@ -139,8 +149,16 @@ pub async fn apply(
         removed: carrier.removed,
         preexisting: record.preexisting.clone(),
     };
-    conclude(&kernel, to, record.clone(), journal)?;
+    conclude(&kernel, to, record, journal)?;
     Ok(applied)
+}
+
+/// The variant of iptables that our plans use in a namespace already, by family: this plan's own before others'.
+fn variants<'a>(records: impl Iterator<Item = &'a Record>) -> Iptables {
+    records.fold(Iptables::default(), |chosen, record| Iptables {
+        v4: chosen.v4.or(record.iptables.v4),
+        v6: chosen.v6.or(record.iptables.v6),
+    })
 }
 
 /// A record of another namespace or of an earlier boot tells nothing about this one.
@@ -206,9 +224,10 @@ async fn transit(carrier: &mut Carrier<'_>, prepared: &Prepared<'_>) -> Result<(
 fn conclude(
     kernel: &Kernel,
     to: &Plan,
-    mut record: Record,
+    written: &Record,
     journal: &Journal,
 ) -> Result<(), ApplyError> {
+    let mut record = written.clone();
     if to.steps.is_empty() {
         if let Err(error) = kernel.delete_empty_nft(&record.nft_caused) {
             // The next undo finds the record and tries again.
@@ -227,5 +246,8 @@ fn conclude(
             .iter()
             .any(|step| matches!(step, Step::Sysctl(s) if s.key == *key))
     });
-    Ok(journal.store(&record)?)
+    if record != *written {
+        journal.store(&record)?;
+    }
+    Ok(())
 }

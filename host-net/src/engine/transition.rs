@@ -1,11 +1,18 @@
 //! From one list of steps to another: what goes, what comes, in which order.
 
-use crate::plan::Step;
+use crate::plan::{RuleAction, Step};
 
 /// Whether two steps are the same object, perhaps with other parameters.
 pub(super) fn same_object(a: &Step, b: &Step) -> bool {
     match (a, b) {
         (Step::Link(a), Step::Link(b)) => a.name == b.name,
+        (Step::Address(a), Step::Address(b)) => a.dev == b.dev && a.addr.addr() == b.addr.addr(),
+        (Step::Route(a), Step::Route(b)) => a.table == b.table && a.dst == b.dst,
+        (Step::Rule(a), Step::Rule(b)) => {
+            // Several rules with one preference are several objects, but only one of two gotos is ever reached.
+            let gotos = [a, b].map(|rule| matches!(rule.action, RuleAction::Goto(_)));
+            a == b || (gotos == [true; 2] && a.priority == b.priority && a.fwmark == b.fwmark)
+        }
         (Step::Sysctl(a), Step::Sysctl(b)) => a.key == b.key,
         (Step::Set(a), Step::Set(b)) => a.name == b.name,
         (Step::Member(a), Step::Member(b)) => a.set == b.set && a.ip == b.ip,

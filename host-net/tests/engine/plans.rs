@@ -227,6 +227,10 @@ pub fn node_draining() -> Plan {
                 ];
             }
             Step::Link(l) if l.name == "tunout" => l.vni = 1003,
+            Step::Address(a) if a.dev == "tunout" => a.addr = "192.168.127.1/29".parse().unwrap(),
+            Step::Rule(r) if r.priority == 100 => r.action = RuleAction::Goto(103),
+            Step::Rule(r) if r.priority == 101 => r.action = RuleAction::Lookup(102),
+            Step::Route(r) if r.table == 102 => r.via = Some("10.9.0.3".parse().unwrap()),
             Step::Sysctl(s) if s.key.contains("eth0") => s.value = "0".to_owned(),
             Step::Member(m) if m.comment.as_deref() == Some("uid-5") => {
                 m.comment = Some("uid-6".to_owned());

@@ -1,5 +1,7 @@
 //! What is applied is there, equals the typed commands, and leaves nothing behind.
 
+use std::os::unix::fs::MetadataExt;
+
 use host_net::commands::{as_commands, as_removal_commands};
 use host_net::engine::{apply, remove, undo};
 use host_net::iptables::Variant;
@@ -103,8 +105,15 @@ async fn moves_between_states(variant: Variant) {
     // The caller need not know what was there: the journal does.
     apply(place, &empty, &active, journal).await.unwrap();
     assert_eq!(stage.state().await, state_active);
+    let written = || std::fs::metadata(stage.journal_dir().join("host-node.json")).unwrap();
+    let before_again = written().ino();
     let again = apply(place, &active, &active, journal).await.unwrap();
     assert_eq!((again.made, again.removed), (vec![], vec![]));
+    assert_eq!(
+        written().ino(),
+        before_again,
+        "nothing changed, nothing written"
+    );
 
     let gone = apply(place, &active, &empty, journal).await.unwrap();
     assert_eq!(gone.removed.len(), active.steps.len());
