@@ -186,3 +186,6 @@ fn pod_name(workload: &LocalWorkload) -> String {
 fn named(error: io::Error, what: String) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -253,10 +253,12 @@ impl Scope for NodeScope {
         let (OnBehalfOf::LocalWorkload(source) | OnBehalfOf::RemoteClient(source)) = who;
         let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
         prepare(&socket)?;
-        if self.loops(to, who) {
+        let loops = self.loops(to, who);
+        if loops {
             socket.set_mark(MARK_SAME_NODE.value)?;
         }
-        if self.spoofs(source, to.ip()) {
+        // A looped socket has the pod's address in any case, because the route is one to the pod's address as our own.
+        if loops || self.spoofs(source, to.ip()) {
             if source.is_ipv4() != to.is_ipv4() {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
@@ -301,3 +303,6 @@ fn prepare(socket: &Socket) -> io::Result<()> {
 fn named(error: io::Error, what: String) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
+
+#[cfg(test)]
+mod tests;
