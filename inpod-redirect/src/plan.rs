@@ -171,3 +171,6 @@ fn v6_chain(name: &str, from: &str, rule: &str) -> Step {
         }),
     })
 }
+
+#[cfg(test)]
+mod tests;

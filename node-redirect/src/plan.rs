@@ -417,3 +417,6 @@ fn v6_gate() -> Vec<Step> {
         jump("OUTPUT"),
     ]
 }
+
+#[cfg(test)]
+mod tests;

@@ -116,8 +116,8 @@ fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
     ]);
     if flow == Flow::Hybrid {
         // Connections older than their pod's capture: conntrack knows them and they carry none of the marks above, or
-        // (if conntrack was off when they began) they go on without a SYN. In the tunnel flow these rules would catch
-        // captured connections too, whose packets carry no connmark that tells them apart.
+        // (if conntrack was off when they began) they go on without a SYN. The tunnel flow, as the field's, does without:
+        // there such connections are captured and break.
         let not_syn = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m set --match-set";
         rules.extend([
             format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),

@@ -197,7 +197,7 @@ async fn captured_connections_outlive_the_capture_and_a_conntrack_flush(
             "{flow}: flush: {from} {to}: {alive:?}"
         );
     }
-    lab.pod_phase(Phase::Draining, false);
+    lab.pod_phase(Phase::Draining, false).await;
     for (from, to, connection) in &mut old {
         let alive = timeout(PATIENCE, connection.echo(20_000)).await;
         assert!(
@@ -214,7 +214,7 @@ async fn captured_connections_outlive_the_capture_and_a_conntrack_flush(
 #[tokio::test(flavor = "multi_thread")]
 async fn hybrid_leaves_connections_alone_that_are_older_than_the_capture() {
     let mut lab = Lab::up(Flow::Hybrid, SameNode::Hbone).await;
-    lab.pod_phase(Phase::Absent, false);
+    lab.pod_phase(Phase::Absent, false).await;
     let mut old = Vec::new();
     for (from, to) in [(A, at(U)), (V, at(A))] {
         let mut connection = lab.connect(from.netns, to).await.unwrap();
@@ -222,7 +222,7 @@ async fn hybrid_leaves_connections_alone_that_are_older_than_the_capture() {
         connection.echo(1000).await.unwrap();
         old.push((from.ip, to, connection));
     }
-    lab.pod_phase(Phase::Active, true);
+    lab.pod_phase(Phase::Active, true).await;
     lab.forget_seen();
     for what in ["known to conntrack", "no longer known"] {
         for (from, to, connection) in &mut old {
@@ -244,13 +244,24 @@ async fn a_captured_pods_ipv6_goes_nowhere() {
     let mut lab = Lab::up(Flow::Hybrid, SameNode::Hbone).await;
     lab.ipv6_on_node_1();
     let ways = [(A, V), (V, A), (A, H1), (H1, A)];
-    lab.pod_phase(Phase::Absent, false);
+    lab.pod_phase(Phase::Absent, false).await;
     for (from, to) in ways {
         assert!(lab.ping(from, ipv6(to)), "{} to {}", from.netns, to.netns);
     }
-    lab.pod_phase(Phase::Active, true);
+    lab.pod_phase(Phase::Active, true).await;
     for (from, to) in ways {
         assert!(!lab.ping(from, ipv6(to)), "{} to {}", from.netns, to.netns);
     }
     assert!(lab.ping(V, ipv6(H1)), "others are not touched");
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_of_the_plans(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
+    let lab = Lab::up(flow, SameNode::Direct).await;
+    assert_ne!(lab.state().await, lab.untouched);
+    lab.remove_plans().await;
+    for (after, before) in lab.state().await.iter().zip(&lab.untouched) {
+        assert_eq!(after, before);
+    }
 }

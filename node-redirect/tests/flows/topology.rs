@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use host_net::commands::{as_commands, as_removal_commands};
+use host_net::dump::dump;
+use host_net::engine;
+use host_net::journal::Journal;
 use host_net::netns::Netns;
-use host_net::plan::{OverlayKind, Phase, Plan};
+use host_net::plan::{OverlayKind, Phase, Place, Plan};
 use node_redirect::plan::{self, Flow, HostFacts, PodFacts, ProxyFacts};
 use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
 use shared_proxy::capture::LocalWorkload;
 use socket2::{Domain, Protocol, Socket, Type};
+use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
@@ -67,6 +70,9 @@ pub struct Lab {
     log: Log,
     tasks: Vec<JoinSet<()>>,
     pod_a: Plan,
+    journals: TempDir,
+    /// Kernel state before any plan.
+    pub untouched: Vec<String>,
 }
 
 impl Drop for Lab {
@@ -89,13 +95,12 @@ impl Lab {
             log: Log::default(),
             tasks: Vec::new(),
             pod_a: plan::pod(&pod_facts(A, false), flow, Phase::Active),
+            journals: tempfile::tempdir().unwrap(),
+            untouched: Vec::new(),
         };
         lab.cables();
-        let nodes = [
-            (H1, UPLINK_1, Z1, [A, C].as_slice()),
-            (H2, UPLINK_2, Z2, &[B]),
-        ];
-        for (node, uplink, proxy, pods) in nodes {
+        lab.untouched = lab.state().await;
+        for (node, uplink, proxy, pods) in nodes() {
             let scope = NodeScope::new(
                 lab.netns(proxy.netns),
                 NodeScopeConfig {
@@ -115,16 +120,16 @@ impl Lab {
             }
             lab.tasks
                 .push(relay::start(Arc::new(scope), Arc::clone(&lab.log)));
-            lab.make(
-                proxy.netns,
-                &plan::proxy(&lab.proxy_facts(node, proxy), flow),
-            );
-            lab.make(node.netns, &plan::host(&lab.host_facts(node, proxy), flow));
+            lab.make(proxy.netns, &plan::proxy(&proxy_facts(node, proxy), flow))
+                .await;
+            lab.make(node.netns, &plan::host(&host_facts(node, proxy), flow))
+                .await;
             for pod in pods {
                 lab.make(
                     node.netns,
                     &plan::pod(&pod_facts(*pod, false), flow, Phase::Active),
-                );
+                )
+                .await;
             }
         }
         let mut servers = JoinSet::new();
@@ -143,20 +148,65 @@ impl Lab {
     }
 
     /// Moves pod A, on node 1, to another phase; `live`: as a pod that was running before.
-    pub fn pod_phase(&mut self, phase: Phase, live: bool) {
+    pub async fn pod_phase(&mut self, phase: Phase, live: bool) {
         let to = plan::pod(&pod_facts(A, live), self.flow, phase);
         let from = std::mem::replace(&mut self.pod_a, to.clone());
-        let without = |plan: &Plan, other: &Plan| Plan {
-            name: plan.name.clone(),
-            steps: plan
-                .steps
-                .iter()
-                .filter(|step| !other.steps.contains(step))
-                .cloned()
-                .collect(),
+        self.apply(H1.netns, &from, &to).await;
+    }
+
+    async fn make(&self, short: &'static str, plan: &Plan) {
+        self.apply(short, &Plan::empty(plan.name.clone()), plan)
+            .await;
+    }
+
+    /// Applies a change and checks that the kernel has all of it, in order.
+    async fn apply(&self, short: &'static str, from: &Plan, to: &Plan) {
+        let (place, journal) = self.place(short);
+        engine::apply(&place, from, to, &journal).await.unwrap();
+        assert_eq!(engine::inspect(&place, to).await.unwrap(), []);
+    }
+
+    /// A namespace as a place, with a journal of its own: both nodes have plans of the same names.
+    fn place(&self, short: &'static str) -> (Place, Journal) {
+        let place = Place {
+            label: short.to_owned(),
+            netns: self.netns(short),
         };
-        self.sh("h1", &as_removal_commands(&without(&from, &to)).join("\n"));
-        self.make("h1", &without(&to, &from));
+        let journal = Journal::open(self.journals.path().join(short)).unwrap();
+        (place, journal)
+    }
+
+    /// Takes all plans away, pods first.
+    pub async fn remove_plans(&self) {
+        for (node, _, proxy, pods) in nodes() {
+            let pods = pods.iter().map(|pod| {
+                let plan = plan::pod(&pod_facts(*pod, false), self.flow, Phase::Active);
+                (node.netns, plan)
+            });
+            let shared = [
+                (node.netns, plan::host(&host_facts(node, proxy), self.flow)),
+                (
+                    proxy.netns,
+                    plan::proxy(&proxy_facts(node, proxy), self.flow),
+                ),
+            ];
+            for (short, plan) in pods.chain(shared) {
+                let (place, journal) = self.place(short);
+                let errors = engine::remove(&place, &plan, &journal).await;
+                assert!(errors.is_empty(), "{short}: {errors:?}");
+            }
+        }
+    }
+
+    /// Kernel state of nodes and proxies.
+    pub async fn state(&self) -> Vec<String> {
+        let mut state = Vec::new();
+        for (node, _, proxy, _) in nodes() {
+            for short in [node.netns, proxy.netns] {
+                state.push(dump(&self.netns(short)).await.unwrap().to_string());
+            }
+        }
+        state
     }
 
     fn name(&self, short: &str) -> String {
@@ -245,34 +295,6 @@ impl Lab {
                 "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6",
             );
         }
-    }
-
-    fn host_facts(&self, node: Pod, proxy: Pod) -> HostFacts {
-        HostFacts {
-            proxy_ip: proxy.ip,
-            proxy_veth: format!("v{}", proxy.netns),
-            host_ip: node.ip,
-            overlay: OverlayKind::Vxlan,
-            port: 6081,
-            mtu: MTU,
-            main_has_default_route: true,
-            ipv6: true,
-        }
-    }
-
-    fn proxy_facts(&self, node: Pod, proxy: Pod) -> ProxyFacts {
-        ProxyFacts {
-            proxy_ip: proxy.ip,
-            host_ip: node.ip,
-            device: "eth0".to_owned(),
-            overlay: OverlayKind::Vxlan,
-            port: 6081,
-            mtu: MTU,
-        }
-    }
-
-    fn make(&self, short: &str, plan: &Plan) {
-        self.sh(short, &as_commands(plan).join("\n"));
     }
 
     pub fn seen(&self) -> Vec<Seen> {
@@ -381,6 +403,35 @@ impl Lab {
             out_2: of("h2", "istioout"),
             proxy_1_lo: of("z1", "lo"),
         }
+    }
+}
+
+/// Node, its address on the cable, its proxy and its captured pods.
+fn nodes() -> [(Pod, Ipv4Addr, Pod, &'static [Pod]); 2] {
+    [(H1, UPLINK_1, Z1, &[A, C]), (H2, UPLINK_2, Z2, &[B])]
+}
+
+fn host_facts(node: Pod, proxy: Pod) -> HostFacts {
+    HostFacts {
+        proxy_ip: proxy.ip,
+        proxy_veth: format!("v{}", proxy.netns),
+        host_ip: node.ip,
+        overlay: OverlayKind::Vxlan,
+        port: 6081,
+        mtu: MTU,
+        main_has_default_route: true,
+        ipv6: true,
+    }
+}
+
+fn proxy_facts(node: Pod, proxy: Pod) -> ProxyFacts {
+    ProxyFacts {
+        proxy_ip: proxy.ip,
+        host_ip: node.ip,
+        device: "eth0".to_owned(),
+        overlay: OverlayKind::Vxlan,
+        port: 6081,
+        mtu: MTU,
     }
 }
 

@@ -1,0 +1,41 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use host_net::commands::as_commands;
+
+use super::*;
+
+fn facts() -> PodFacts {
+    PodFacts {
+        uid: "1e054806-e667-4109-a5af-08b3e6ba0c42".to_owned(),
+        ip: Ipv4Addr::new(10, 244, 1, 5),
+        ipv6: true,
+    }
+}
+
+fn snapshot(name: &str, plan: &Plan) {
+    let commands = as_commands(plan).join("\n");
+    insta::assert_snapshot!(name, format!("# {}\n{commands}", plan.name));
+}
+
+#[test]
+fn pod_in_every_phase() {
+    snapshot("pod_active", &pod(&facts(), Phase::Active));
+    snapshot("pod_draining", &pod(&facts(), Phase::Draining));
+    assert_eq!(pod(&facts(), Phase::Absent).steps, []);
+}
+
+#[test]
+fn node() {
+    snapshot("host", &host());
+    snapshot("host_pod", &host_pod(&facts()));
+}
+
+#[test]
+fn without_ipv6_nothing_is_done_about_it() {
+    let facts = PodFacts {
+        ipv6: false,
+        ..facts()
+    };
+    let commands = as_commands(&pod(&facts, Phase::Active));
+    assert!(!commands.iter().any(|command| command.contains("ip6tables")));
+}

@@ -1,0 +1,131 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use host_net::commands::as_commands;
+use rstest::rstest;
+
+use super::*;
+
+fn host_facts() -> HostFacts {
+    HostFacts {
+        proxy_ip: Ipv4Addr::new(10, 244, 1, 2),
+        proxy_veth: "veth5db63c11".to_owned(),
+        host_ip: Ipv4Addr::new(10, 244, 1, 1),
+        overlay: OverlayKind::Geneve,
+        port: OVERLAY_PORT,
+        mtu: 1450,
+        main_has_default_route: true,
+        ipv6: true,
+    }
+}
+
+fn proxy_facts() -> ProxyFacts {
+    ProxyFacts {
+        proxy_ip: Ipv4Addr::new(10, 244, 1, 2),
+        host_ip: Ipv4Addr::new(10, 244, 1, 1),
+        device: "eth0".to_owned(),
+        overlay: OverlayKind::Geneve,
+        port: OVERLAY_PORT,
+        mtu: 1450,
+    }
+}
+
+fn pod_facts() -> PodFacts {
+    PodFacts {
+        uid: "0ff78312-3a13-4a02-b39d-644bfb91e861".to_owned(),
+        ip: Ipv4Addr::new(10, 244, 1, 5),
+        veth: "veth99".to_owned(),
+        host_ip: Ipv4Addr::new(10, 244, 1, 1),
+        main_has_default_route: true,
+        live: true,
+        ipv6: true,
+    }
+}
+
+fn snapshot(name: &str, plan: &Plan) {
+    let commands = as_commands(plan).join("\n");
+    insta::assert_snapshot!(name, format!("# {}\n{commands}", plan.name));
+}
+
+#[rstest]
+fn host_and_proxy_in_both_flows(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
+    snapshot(&format!("host_{flow}"), &host(&host_facts(), flow));
+    snapshot(&format!("proxy_{flow}"), &proxy(&proxy_facts(), flow));
+}
+
+#[test]
+fn pod_in_every_phase() {
+    let plan = |phase| pod(&pod_facts(), Flow::Hybrid, phase);
+    snapshot("pod_active", &plan(Phase::Active));
+    snapshot("pod_draining", &plan(Phase::Draining));
+    assert_eq!(plan(Phase::Absent).steps, []);
+}
+
+#[test]
+fn only_hybrid_tells_older_connections_apart() {
+    let tunnel = [
+        as_commands(&host(&host_facts(), Flow::Tunnel)),
+        as_commands(&pod(&pod_facts(), Flow::Tunnel, Phase::Active)),
+    ];
+    for command in tunnel.concat() {
+        assert!(!command.contains(LIVE_PODS_SET), "{command}");
+        assert!(!command.contains("ctstate"), "{command}");
+    }
+}
+
+#[test]
+fn a_pod_captured_since_birth_is_not_in_the_live_set() {
+    let facts = PodFacts {
+        live: false,
+        ..pod_facts()
+    };
+    let commands = as_commands(&pod(&facts, Flow::Hybrid, Phase::Active));
+    assert!(
+        !commands
+            .iter()
+            .any(|command| command.contains(LIVE_PODS_SET))
+    );
+}
+
+#[test]
+fn without_ipv6_nothing_is_done_about_it() {
+    let host_plan = host(
+        &HostFacts {
+            ipv6: false,
+            ..host_facts()
+        },
+        Flow::Hybrid,
+    );
+    let pod_plan = pod(
+        &PodFacts {
+            ipv6: false,
+            ..pod_facts()
+        },
+        Flow::Hybrid,
+        Phase::Active,
+    );
+    for plan in [host_plan, pod_plan] {
+        let commands = as_commands(&plan);
+        assert!(!commands.iter().any(|command| command.contains("ip6tables")));
+    }
+}
+
+#[test]
+fn without_a_default_route_the_filter_is_off() {
+    let facts = HostFacts {
+        main_has_default_route: false,
+        ..host_facts()
+    };
+    for step in host(&facts, Flow::Tunnel).steps {
+        if let Step::Sysctl(sysctl) = step {
+            assert_eq!(sysctl.value, "0", "{}", sysctl.key);
+        }
+    }
+}
+
+#[test]
+fn words_of_flows_are_read_back() {
+    for flow in [Flow::Hybrid, Flow::Tunnel] {
+        assert_eq!(flow.as_str().parse(), Ok(flow));
+    }
+    assert!("both".parse::<Flow>().is_err());
+}
