@@ -34,11 +34,12 @@ const LOCK_FILE: &str = ".root.lock";
 
 /// A CA whose root lives in a directory as `root-key.pem` (mode 0600) and `root-cert.pem`, ECDSA P-256.
 ///
-/// The files are read once, at [`open`](Self::open). Replacing the root means restarting every process that uses it.
+/// The key is read again for every leaf and not kept: taking the files away stops this CA in every process at once, and
+/// putting them back lets it go on. Replacing the root by another one means restarting every process that uses it.
 pub struct LocalCa {
     trust_domain: Arc<str>,
     leaf_ttl: Duration,
-    issuer: Issuer<'static, KeyPair>,
+    files: RootFiles,
     root: CertificateDer<'static>,
     root_expires: OffsetDateTime,
 }
@@ -82,12 +83,10 @@ impl LocalCa {
         let files = RootFiles::at(dir.as_ref());
         let (key, root) = files.load_or_make(trust_domain)?;
         let expires = check_pair(&files, &key, &root)?;
-        let issuer = Issuer::from_ca_cert_der(&root, key)
-            .map_err(|e| content(&files.cert, e.to_string()))?;
         Ok(Self {
             trust_domain: trust_domain.into(),
             leaf_ttl: leaf_ttl.min(ROOT_VALIDITY),
-            issuer,
+            files,
             root,
             root_expires: expires,
         })
@@ -109,15 +108,29 @@ impl LocalCa {
             identity: identity.clone(),
             reason: reason.into(),
         };
-        let (key, leaf) = self.sign(identity).map_err(|e| failed(e.to_string()))?;
+        let issuer = self.issuer().map_err(|e| failed(e.to_string()))?;
+        let (key, leaf) = self
+            .sign(identity, &issuer)
+            .map_err(|e| failed(e.to_string()))?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         WorkloadCertificate::new(identity.clone(), vec![leaf], key, vec![self.root.clone()])
             .map_err(|e| failed(e.to_string()))
     }
 
+    fn issuer(&self) -> Result<Issuer<'static, KeyPair>, LocalCaError> {
+        let (key, root) = self.files.load()?;
+        if root != self.root {
+            let reason = "it is another root than at the start: restart all processes that use it";
+            return Err(content(&self.files.cert, reason));
+        }
+        check_pair(&self.files, &key, &root)?;
+        Issuer::from_ca_cert_der(&root, key).map_err(|e| content(&self.files.cert, e.to_string()))
+    }
+
     fn sign(
         &self,
         identity: &Identity,
+        issuer: &Issuer<'_, KeyPair>,
     ) -> Result<(KeyPair, CertificateDer<'static>), rcgen::Error> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut params = CertificateParams::default();
@@ -134,7 +147,7 @@ impl LocalCa {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.use_authority_key_identifier_extension = true;
-        let leaf = params.signed_by(&key, &self.issuer)?;
+        let leaf = params.signed_by(&key, issuer)?;
         Ok((key, leaf.der().clone()))
     }
 }

@@ -187,3 +187,25 @@ fn unusable_files_are_errors_that_name_them(#[case] spoil: fn(&Path), #[case] wo
     assert!(error.contains(word), "{error}");
     assert!(error.contains(dir.path().to_str().unwrap()), "{error}");
 }
+
+#[tokio::test]
+async fn without_its_files_it_issues_nothing_and_with_them_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = open(dir.path()).unwrap();
+    let identity: Identity = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
+    ca.issue(&identity).await.unwrap();
+    let (key, away) = (dir.path().join(KEY_FILE), dir.path().join("away"));
+    fs::rename(&key, &away).unwrap();
+    let error = ca.issue(&identity).await.unwrap_err().to_string();
+    assert!(error.contains(KEY_FILE), "{error}");
+    fs::rename(&away, &key).unwrap();
+    ca.issue(&identity).await.unwrap();
+
+    let other = tempfile::tempdir().unwrap();
+    open(other.path()).unwrap();
+    for file in [KEY_FILE, CERT_FILE] {
+        fs::copy(other.path().join(file), dir.path().join(file)).unwrap();
+    }
+    let error = ca.issue(&identity).await.unwrap_err().to_string();
+    assert!(error.contains("restart"), "{error}");
+}
