@@ -1,6 +1,12 @@
 //! The program: command line, choice of mode, agent, proxy start-up. The only place that names both backends.
 #![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod agent_client;
+pub mod cli;
 pub mod cni;
+pub mod logging;
+pub mod options;
+pub mod proxy;
 pub mod run_dir;
 pub mod unix_http;

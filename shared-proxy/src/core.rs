@@ -233,13 +233,19 @@ impl Attached {
     /// Stops serving the scope. The listeners are closed at once, peers' tunnels get GOAWAY, connections end by
     /// themselves until the deadline and are cut then. Returns when the last one has ended.
     pub async fn detach(mut self, drain: Drain) {
+        self.stop_accepting().await;
+        self.shared.release(self.number);
+        self.drainer.run(drain).await;
+    }
+
+    /// The first part of [`Attached::detach`]: when it returns, every listener is closed and peers' tunnels are told.
+    /// Connections go on.
+    pub async fn stop_accepting(&mut self) {
         self.drainer.drain();
         for listener in std::mem::take(&mut self.listeners) {
             // A listener's task ends by returning; it is not cancelled by anyone, and a panic has ended it too.
             let _ = listener.await;
         }
-        self.shared.release(self.number);
-        self.drainer.run(drain).await;
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// A lab as a user orders it.
@@ -161,9 +162,9 @@ fn base36(mut number: u32) -> String {
 macro_rules! words {
     ($($(#[$doc:meta])* $setting:literal $type:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)+ })+) => {$(
         $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
         pub enum $type {
-            $($(#[$variant_doc])* #[serde(rename = $word)] $variant,)+
+            $($(#[$variant_doc])* #[serde(rename = $word)] #[value(name = $word)] $variant,)+
         }
         impl fmt::Display for $type {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -254,5 +255,15 @@ impl Mode {
             Mode::Mixed if odd => Some(Capture::Node),
             Mode::Mixed => Some(Capture::Inpod),
         }
+    }
+
+    /// Whether some pod may be captured by the node.
+    pub fn uses_node(self) -> bool {
+        matches!(self, Mode::Node | Mode::Mixed)
+    }
+
+    /// Whether some pod may be captured inside its namespace.
+    pub fn uses_inpod(self) -> bool {
+        matches!(self, Mode::Inpod | Mode::Mixed)
     }
 }

@@ -1,0 +1,48 @@
+# Ambidex: two commands do everything on a fresh Debian machine, as root:
+#   make bench   installs, builds, measures both captures side by side, says where the report is
+#   make test    installs, builds, runs every test
+# ARGS is passed on: make bench ARGS="--quick --out out/bench"
+
+CARGO ?= cargo
+ARGS ?= --quick
+OUT ?= out/bench
+PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcpdump procps kmod curl jq make gcc \
+	user-mode-linux libipset-dev libmnl-dev libclang-dev clang
+# Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
+
+.PHONY: all deps build release bench test test-all test-geneve check clean-lab
+
+all: build
+
+deps:
+	@missing=""; for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	@command -v $(CARGO) >/dev/null || { echo "cargo is not on PATH: install Rust 1.95 or newer (rustup.rs)"; exit 1; }
+
+build: deps
+	$(CARGO) build --workspace
+
+release: deps
+	$(CARGO) build --release --bins
+
+bench: release
+	target/release/ambidex bench $(ARGS)
+
+test: deps
+	tests/run --suite ci
+
+test-all: deps
+	tests/run --suite all
+
+test-geneve: build
+	tests/geneve/run
+
+check: deps
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --features libipset -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+clean-lab: build
+	target/debug/ambidex lab down --all

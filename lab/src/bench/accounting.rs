@@ -1,0 +1,133 @@
+//! CPU time, from /proc.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+/// CPU time in seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// In user space.
+    pub user: f64,
+    /// In the kernel on behalf of processes.
+    pub system: f64,
+    /// In interrupt handlers, hard and soft. Zero for processes: the kernel does not say for whom it was.
+    pub interrupts: f64,
+}
+
+impl Cpu {
+    /// All of it.
+    pub fn total(self) -> f64 {
+        self.user + self.system + self.interrupts
+    }
+
+    /// What was used since `earlier`.
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            user: self.user - earlier.user,
+            system: self.system - earlier.system,
+            interrupts: self.interrupts - earlier.interrupts,
+        }
+    }
+
+    /// Sum.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            user: self.user + other.user,
+            system: self.system + other.system,
+            interrupts: self.interrupts + other.interrupts,
+        }
+    }
+}
+
+/// Kernel ticks in a second.
+fn ticks_per_second() -> f64 {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
+        .ok()
+        .flatten()
+        .map_or(100.0, |ticks| ticks as f64)
+}
+
+/// CPU time of the whole machine, without idle time (proc(5), /proc/stat).
+pub fn machine() -> io::Result<Cpu> {
+    parse_machine(&std::fs::read_to_string("/proc/stat")?)
+        .ok_or_else(|| io::Error::other("/proc/stat has no line that begins with \"cpu \""))
+}
+
+fn parse_machine(text: &str) -> Option<Cpu> {
+    let line = text.lines().find(|line| line.starts_with("cpu "))?;
+    let ticks: Vec<f64> = line
+        .split_ascii_whitespace()
+        .skip(1)
+        .map_while(|field| field.parse().ok())
+        .collect();
+    // user nice system idle iowait irq softirq
+    let &[user, nice, system, _, _, irq, softirq, ..] = ticks.as_slice() else {
+        return None;
+    };
+    let second = ticks_per_second();
+    Some(Cpu {
+        user: (user + nice) / second,
+        system: system / second,
+        interrupts: (irq + softirq) / second,
+    })
+}
+
+/// CPU time of one process with all its threads (proc(5), /proc/PID/stat).
+pub fn process(pid: i32) -> io::Result<Cpu> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| io::Error::other(format!("{path}: {error}")))?;
+    parse_process(&text).ok_or_else(|| io::Error::other(format!("{path} has an unknown format")))
+}
+
+fn parse_process(text: &str) -> Option<Cpu> {
+    // The second field is the program's name in parentheses and may contain anything.
+    let (_, after_name) = text.rsplit_once(") ")?;
+    let fields: Vec<&str> = after_name.split_ascii_whitespace().collect();
+    let ticks = |index: usize| fields.get(index)?.parse::<f64>().ok();
+    let second = ticks_per_second();
+    Some(Cpu {
+        user: ticks(11)? / second,
+        system: ticks(12)? / second,
+        interrupts: 0.0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proc_is_understood() {
+        let machine =
+            parse_machine("cpu  100 50 30 9999 9 7 13 0 0 0\ncpu0 1 1 1 1 1 1 1\n").unwrap();
+        let second = ticks_per_second();
+        assert_eq!(
+            (machine.user, machine.system, machine.interrupts),
+            (150.0 / second, 30.0 / second, 20.0 / second)
+        );
+        let process = parse_process("7 (a) b) S 1 7 7 0 -1 0 0 0 0 0 250 50 0 0 20 0 1").unwrap();
+        assert_eq!(
+            (process.user, process.system),
+            (250.0 / second, 50.0 / second)
+        );
+    }
+
+    #[test]
+    fn a_busy_process_is_charged() {
+        let pid = std::process::id() as i32;
+        let (before, machine_before) = (process(pid).unwrap(), machine().unwrap());
+        let mut state = 1u64;
+        while process(pid).unwrap().since(before).total() < 0.05 {
+            for _ in 0..100_000 {
+                state = std::hint::black_box(
+                    state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1),
+                );
+            }
+        }
+        assert!(machine().unwrap().since(machine_before).total() >= 0.05);
+    }
+}

@@ -1,0 +1,118 @@
+//! The agent's API for the command line: HTTP on `agent.sock`, JSON answers.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /healthz` | 200 when a proxy is connected, has its snapshot, and the node's own objects stand; else 503 and why |
+//! | `GET /v1/pods` | every pod of this node |
+//! | `GET /v1/plan?pod=P` or `?node` | the plans with their places |
+//! | `GET /v1/diff?pod=P` or `?node` | what the kernel lacks or has too much |
+//! | `POST /v1/undo?pod=P` or `?node` | removes exactly that |
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use host_net::plan::Plan;
+use http::{Method, StatusCode};
+use serde::{Deserialize, Serialize};
+
+use super::Agent;
+use crate::unix_http::Answer;
+
+/// One plan and where it is applied.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlacedPlan {
+    /// `host`, `proxy` or `pod namespace/name`.
+    pub place: String,
+    /// Path of the namespace where one is known; the node's and the proxy's are held open by descriptor.
+    pub netns: Option<PathBuf>,
+    /// The plan.
+    pub plan: Plan,
+}
+
+/// What differs in one place.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlacedFindings {
+    /// Place.
+    pub place: String,
+    /// Name of the plan.
+    pub plan: String,
+    /// One line per object.
+    pub findings: Vec<String>,
+}
+
+/// Outcome of an undo.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Undone {
+    /// Plans that were taken away.
+    pub plans: Vec<String>,
+    /// What could not be removed; empty when the kernel is as before.
+    pub errors: Vec<String>,
+}
+
+/// Whom a request is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Subject {
+    /// The node's own objects.
+    Node,
+    /// One pod, as the operator named it.
+    Pod(String),
+}
+
+impl Subject {
+    /// As a query string.
+    pub fn query(&self) -> String {
+        match self {
+            Subject::Node => "node".to_owned(),
+            Subject::Pod(pod) => format!("pod={pod}"),
+        }
+    }
+
+    fn parse(query: &str) -> Option<Self> {
+        match query.split_once('=') {
+            None if query == "node" => Some(Subject::Node),
+            Some(("pod", pod)) if !pod.is_empty() => Some(Subject::Pod(pod.to_owned())),
+            _ => None,
+        }
+    }
+}
+
+/// Answers one request.
+pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
+    let (path, query) = uri.split_once('?').unwrap_or((uri.as_str(), ""));
+    match (method, path) {
+        (Method::GET, "/healthz") => match agent.ready() {
+            Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
+            Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        },
+        (Method::GET, "/v1/pods") => Answer::json(&agent.pods.all()),
+        (method, "/v1/plan" | "/v1/diff" | "/v1/undo") => {
+            let Some(subject) = Subject::parse(query) else {
+                return Answer::text(
+                    StatusCode::BAD_REQUEST,
+                    "say ?node or ?pod=NAMESPACE/NAME\n",
+                );
+            };
+            about(&agent, &method, path, &subject).await
+        }
+        (method, path) => Answer::text(
+            StatusCode::NOT_FOUND,
+            format!("{method} {path}: no such page\n"),
+        ),
+    }
+}
+
+async fn about(agent: &Agent, method: &Method, path: &str, subject: &Subject) -> Answer {
+    let outcome = match (method, path) {
+        (&Method::GET, "/v1/plan") => agent.plans(subject).await.map(|plans| Answer::json(&plans)),
+        (&Method::GET, "/v1/diff") => agent
+            .diff(subject)
+            .await
+            .map(|findings| Answer::json(&findings)),
+        (&Method::POST, "/v1/undo") => agent
+            .undo(subject)
+            .await
+            .map(|undone| Answer::json(&undone)),
+        _ => return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n"),
+    };
+    outcome.unwrap_or_else(|error| Answer::text(StatusCode::NOT_FOUND, format!("{error:#}\n")))
+}

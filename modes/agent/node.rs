@@ -1,0 +1,254 @@
+//! The node's own objects: those of the node capture, which need the proxy's namespace, and those of the in-pod capture.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use host_net::engine;
+use host_net::netlink::Netlink;
+use host_net::netns::Netns;
+use host_net::plan::{Family, OverlayKind, Place, Plan};
+use inpod_redirect::zds::NodeConfiguration;
+use inpod_redirect::zds::server::{ProxyConnected, ProxyEvent, ProxyHook};
+use node_redirect::facts::{OVERLAY_OVERHEAD, OVERLAY_PORT, TUNNEL_IN, TUNNEL_OUT};
+use node_redirect::plan::{HostFacts, ProxyFacts};
+use tokio::sync::mpsc;
+
+use super::Agent;
+use crate::options::{Capture, NodeFlow, resolve_overlay};
+
+/// The node capture as it was set up for the connected proxy.
+#[derive(Debug, Clone)]
+pub(super) struct NodeSetup {
+    pub(super) proxy: Netns,
+    pub(super) host_facts: HostFacts,
+    pub(super) proxy_facts: ProxyFacts,
+}
+
+impl Agent {
+    pub(super) fn host_place(&self) -> Place {
+        Place {
+            label: "node".to_owned(),
+            netns: self.host.clone(),
+        }
+    }
+
+    pub(super) fn node_setup(&self) -> Option<NodeSetup> {
+        self.node
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(super) fn forget_node_setup(&self) {
+        *self
+            .node
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+
+    pub(super) fn flow(&self) -> node_redirect::plan::Flow {
+        match self.config.variant.node_flow {
+            NodeFlow::Hybrid => node_redirect::plan::Flow::Hybrid,
+            NodeFlow::Tunnel => node_redirect::plan::Flow::Tunnel,
+        }
+    }
+
+    /// Brings a place to a plan, from whatever the journal says an earlier agent left there.
+    pub(super) async fn converge(&self, place: &Place, to: &Plan) -> anyhow::Result<()> {
+        let from = match self.journal.load(&to.name)? {
+            Some(record) if record.netns == place.netns.id() => record.plan,
+            Some(_) => {
+                // The namespace was replaced. If the old one still stands, it gets its objects taken away.
+                for error in engine::undo(&to.name, None, &self.journal).await {
+                    tracing::warn!(%error, plan = to.name, "the namespace of an earlier proxy or pod is not clean");
+                }
+                Plan::empty(&to.name)
+            }
+            None => Plan::empty(&to.name),
+        };
+        engine::apply(place, &from, to, &self.journal).await?;
+        Ok(())
+    }
+
+    /// The probe exemption of the in-pod capture.
+    pub(super) async fn make_inpod_host_objects(&self) -> anyhow::Result<()> {
+        if self.config.mode.uses_inpod() {
+            self.converge(&self.host_place(), &inpod_redirect::plan::host())
+                .await
+                .context("probe exemption")?;
+        }
+        Ok(())
+    }
+
+    /// The node capture's objects in the node's and in the proxy's namespace.
+    async fn set_up_node(&self, proxy: Netns) -> anyhow::Result<()> {
+        let overlay = resolve_overlay(self.config.variant.overlay).await;
+        let setup = facts(&self.host, proxy, overlay).await?;
+        let proxy_place = Place {
+            label: "proxy".to_owned(),
+            netns: setup.proxy.clone(),
+        };
+        self.converge(
+            &proxy_place,
+            &node_redirect::plan::proxy(&setup.proxy_facts, self.flow()),
+        )
+        .await?;
+        self.converge(
+            &self.host_place(),
+            &node_redirect::plan::host(&setup.host_facts, self.flow()),
+        )
+        .await?;
+        tracing::info!(
+            proxy = %setup.host_facts.proxy_ip,
+            device = setup.host_facts.proxy_veth,
+            overlay = %overlay,
+            "node capture is set up"
+        );
+        *self
+            .node
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(setup);
+        self.converge_pods(Capture::Node).await;
+        Ok(())
+    }
+}
+
+/// Finds out what the plans of the node capture are functions of.
+async fn facts(host: &Netns, proxy: Netns, overlay: OverlayKind) -> anyhow::Result<NodeSetup> {
+    let in_proxy = Netlink::connect(&proxy).await?;
+    let on_host = Netlink::connect(host).await?;
+    let own_address = |dev: &str, address: IpAddr| match address {
+        IpAddr::V4(ip)
+            if !ip.is_loopback() && ![TUNNEL_IN.proxy, TUNNEL_OUT.proxy].contains(&dev) =>
+        {
+            Some(ip)
+        }
+        _ => None,
+    };
+    let (device, proxy_ip) = in_proxy
+        .addresses()
+        .await?
+        .into_iter()
+        .find_map(|(dev, net)| own_address(&dev, net.addr()).map(|ip| (dev, ip)))
+        .ok_or_else(|| {
+            anyhow!("the proxy's network namespace has no IPv4 address: is it the proxy pod's?")
+        })?;
+    let route = on_host
+        .route_to(IpAddr::V4(proxy_ip))
+        .await
+        .with_context(|| format!("no route to the proxy {proxy_ip}"))?;
+    let host_ip = match route.src {
+        Some(IpAddr::V4(ip)) => ip,
+        _ => {
+            return Err(anyhow!(
+                "the node has no IPv4 source address towards the proxy {proxy_ip}"
+            ));
+        }
+    };
+    let link = on_host
+        .link(&route.dev)
+        .await?
+        .ok_or_else(|| anyhow!("device {} towards the proxy {proxy_ip} is gone", route.dev))?;
+    let main_routes = on_host.routes(Family::V4).await?;
+    let mtu = link.mtu.saturating_sub(OVERLAY_OVERHEAD);
+    Ok(NodeSetup {
+        host_facts: HostFacts {
+            proxy_ip,
+            proxy_veth: route.dev,
+            host_ip,
+            overlay,
+            port: OVERLAY_PORT,
+            mtu,
+            main_has_default_route: main_routes
+                .iter()
+                .any(|route| route.table == MAIN_TABLE && route.dst.prefix_len() == 0),
+            ipv6: has_ipv6(host),
+        },
+        proxy_facts: ProxyFacts {
+            proxy_ip,
+            host_ip,
+            device,
+            overlay,
+            port: OVERLAY_PORT,
+            mtu,
+        },
+        proxy,
+    })
+}
+
+/// The main routing table (rt_tables).
+pub(super) const MAIN_TABLE: u32 = 254;
+
+/// Whether IPv6 exists in a namespace at all; without it there is nothing to drop, and ip6tables cannot work.
+pub(super) fn has_ipv6(netns: &Netns) -> bool {
+    netns
+        .run(|| std::path::Path::new("/proc/sys/net/ipv6").exists())
+        .unwrap_or(false)
+}
+
+/// The agent's work between a proxy's Hello and the first pod.
+pub(super) struct PrepareNode(pub(super) Arc<Agent>);
+
+impl ProxyHook for PrepareNode {
+    async fn on_proxy(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
+        let agent = &self.0;
+        if !agent.config.mode.uses_node() {
+            return Ok(None);
+        }
+        let netns = proxy.proxy_netns.clone().ok_or(
+            "this proxy does not speak the extension that node capture needs: use `ambidex proxy` or --mode inpod",
+        )?;
+        agent
+            .set_up_node(netns)
+            .await
+            .map_err(|error| format!("{error:#}"))?;
+        Ok(Some(
+            agent
+                .node_configuration()
+                .await
+                .map_err(|error| format!("{error:#}"))?,
+        ))
+    }
+}
+
+impl Agent {
+    async fn node_configuration(&self) -> anyhow::Result<NodeConfiguration> {
+        let netlink = Netlink::connect(&self.host).await?;
+        Ok(NodeConfiguration {
+            flow: self.config.variant.node_flow.to_string(),
+            same_node: self.config.variant.same_node.to_string(),
+            node_addresses: netlink
+                .addresses()
+                .await?
+                .iter()
+                .map(|(_, net)| net.addr())
+                .collect(),
+        })
+    }
+
+    /// Follows the connections of proxies: the agent is ready while one of them has its snapshot.
+    pub(super) async fn follow_proxies(&self, mut events: mpsc::UnboundedReceiver<ProxyEvent>) {
+        let mut ready = BTreeSet::new();
+        while let Some(event) = events.recv().await {
+            match event {
+                ProxyEvent::Connected(proxy) => {
+                    tracing::info!(
+                        connection = proxy.id,
+                        extension = proxy.extension,
+                        "proxy said hello"
+                    );
+                }
+                ProxyEvent::SnapshotSent { id } => {
+                    ready.insert(id);
+                }
+                ProxyEvent::Disconnected { id } => {
+                    tracing::warn!(connection = id, "proxy disconnected");
+                    ready.remove(&id);
+                }
+            }
+            self.set_proxy_ready(!ready.is_empty());
+        }
+    }
+}

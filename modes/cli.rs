@@ -1,0 +1,105 @@
+//! The command line: one file per verb.
+//!
+//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`), 4 timed out.
+
+mod bench;
+mod daemons;
+mod dump;
+mod get;
+mod lab;
+mod output;
+mod plan;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// One node proxy, two hands: a Layer-4 mutual-TLS proxy with two interchangeable ways of capturing pod traffic.
+#[derive(Debug, Parser)]
+#[command(name = "ambidex", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measure both captures, and none, side by side in a two-node lab, with proof of the path the bytes took
+    Bench(bench::BenchArgs),
+    /// Build, look into and remove a two-node lab of network namespaces
+    Lab(lab::LabArgs),
+    /// Run the node agent: enrols pods and keeps their redirects
+    Agent(daemons::AgentArgs),
+    /// Run the node proxy
+    Proxy(daemons::ProxyArgs),
+    /// Show what the agent of this node knows
+    Get(get::GetArgs),
+    /// Show the kernel objects that a pod's capture, or the node's, consists of
+    Plan(plan::PlanArgs),
+    /// Compare the kernel with the plans (exit code 3 when it differs)
+    Diff(plan::SubjectArgs),
+    /// Remove exactly what was made for a pod, or for the whole node
+    Undo(plan::UndoArgs),
+    /// Print the network state of a namespace in a canonical form
+    Dump(dump::DumpArgs),
+}
+
+/// Why a command ends with a code other than 0.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Code 1, with a message.
+    Failed(anyhow::Error),
+    /// Code 3: something differs from what it should be; already printed.
+    Differs,
+    /// Another program's exit code, passed on.
+    Code(u8),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure::Failed(error.into())
+    }
+}
+
+/// Entry point of the binary `ambidex`.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        Command::Bench(args) => bench::run(args),
+        Command::Lab(args) => lab::run(args),
+        Command::Agent(args) => daemons::run_agent(args),
+        Command::Proxy(args) => daemons::run_proxy(args),
+        Command::Get(args) => get::run(args),
+        Command::Plan(args) => plan::run_plan(args),
+        Command::Diff(args) => plan::run_diff(args),
+        Command::Undo(args) => plan::run_undo(args),
+        Command::Dump(args) => dump::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+        Err(Failure::Differs) => ExitCode::from(3),
+        Err(Failure::Code(code)) => ExitCode::from(code),
+    }
+}
+
+/// A runtime for commands that talk to a daemon or to the kernel and end.
+pub(crate) fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    Ok(runtime.block_on(future))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,116 @@
+//! `ambidex agent` and `ambidex proxy`: flags of the two daemons.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::Failure;
+use crate::agent::{self, AgentConfig};
+use crate::logging;
+use crate::options::CaptureArgs;
+use crate::proxy::{self, ProxyConfig};
+use crate::run_dir::{RunDir, state_dir};
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentArgs {
+    #[command(flatten)]
+    capture: CaptureArgs,
+    /// Unix socket on which the proxy is expected (default: ztunnel.sock in the run directory)
+    #[arg(long, env = "ZTUNNEL_UDS_ADDRESS", value_name = "PATH")]
+    zds_socket: Option<PathBuf>,
+}
+
+pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
+    let _log = logging::start();
+    let run_dir = RunDir::from_env();
+    let config = AgentConfig {
+        mode: args.capture.mode,
+        variant: args.capture.variant,
+        zds_socket: args
+            .zds_socket
+            .unwrap_or_else(|| run_dir.zds("ZTUNNEL_UDS_ADDRESS")),
+        run_dir,
+        state_dir: state_dir(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(agent::run(config))?;
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProxyArgs {
+    /// Unix socket of the agent (default: ztunnel.sock in the run directory)
+    #[arg(long, env = "INPOD_UDS", value_name = "PATH")]
+    zds_socket: Option<PathBuf>,
+    /// File with workloads, services and policies in LOCAL_XDS form; reloaded when it changes
+    #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
+    local_xds: PathBuf,
+    /// Directory of the built-in CA; made when it is absent, shared by the proxies of a mesh
+    #[arg(
+        long,
+        env = "AMBIDEX_CA_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/ambidex/ca"
+    )]
+    ca_dir: PathBuf,
+    /// Trust domain of the mesh
+    #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
+    trust_domain: String,
+    /// Lifetime of workload certificates, in seconds
+    #[arg(long, env = "AMBIDEX_CERT_TTL_SECONDS", default_value_t = 86_400)]
+    cert_ttl_seconds: u64,
+    /// How long connections may go on after SIGTERM, in seconds
+    #[arg(long, env = "AMBIDEX_DRAIN_SECONDS", default_value_t = 5)]
+    drain_seconds: u64,
+    /// Name of the network that addresses without one belong to
+    #[arg(long, env = "NETWORK", default_value = "")]
+    network: String,
+    /// Name of this cluster
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    cluster_id: String,
+    /// Worker threads (default: one per core, at least two)
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
+    worker_threads: Option<usize>,
+    /// Address of the admin pages
+    #[arg(long, env = "ADMIN_ADDR", default_value = "127.0.0.1:15000")]
+    admin: SocketAddr,
+    /// Address of the metrics pages
+    #[arg(long, env = "STATS_ADDR", default_value = "0.0.0.0:15020")]
+    metrics: SocketAddr,
+    /// Address of the readiness page
+    #[arg(long, env = "READINESS_ADDR", default_value = "0.0.0.0:15021")]
+    readiness: SocketAddr,
+}
+
+pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
+    let log = logging::start();
+    let config = ProxyConfig {
+        zds_socket: args
+            .zds_socket
+            .unwrap_or_else(|| RunDir::from_env().zds("INPOD_UDS")),
+        local_xds: args.local_xds,
+        ca_dir: args.ca_dir,
+        trust_domain: args.trust_domain,
+        cert_ttl: Duration::from_secs(args.cert_ttl_seconds),
+        drain: Duration::from_secs(args.drain_seconds),
+        network: args.network,
+        cluster_id: args.cluster_id,
+        admin: args.admin,
+        metrics: args.metrics,
+        readiness: args.readiness,
+    };
+    let workers = args
+        .worker_threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers.max(2))
+        .enable_all()
+        .build()?;
+    runtime.block_on(proxy::run(config, log))?;
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! `ambidex lab`: a two-node lab of network namespaces, left standing.
+
+use clap::{Args, Subcommand};
+use lab::standing;
+use lab::topology::{LabSpec, Programs};
+use lab::traffic::{self, TrafficCommand};
+
+use super::Failure;
+use super::output::{Format, OutputArgs};
+use crate::options::CaptureArgs;
+
+#[derive(Debug, Args)]
+pub(crate) struct LabArgs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Which lab.
+#[derive(Debug, Args)]
+struct NameArgs {
+    /// Name of the lab
+    #[arg(long, default_value = "lab", env = "AMBIDEX_LAB")]
+    name: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Build a lab: two nodes with pods, a service, an outside host, and real agents, proxies and plugin calls
+    Up(UpArgs),
+    /// Remove a lab, whole or in pieces
+    Down(DownArgs),
+    /// Show what stands and whether it works
+    Status(StatusArgs),
+    /// Run a command in node1, proxy1, pod1-2, plain1 or out
+    Exec(ExecArgs),
+    /// Serve or check traffic in the current namespace, as a JSON command says
+    #[command(hide = true)]
+    Traffic {
+        /// The command
+        command: String,
+    },
+}
+
+#[derive(Debug, Args)]
+struct UpArgs {
+    #[command(flatten)]
+    name: NameArgs,
+    #[command(flatten)]
+    capture: CaptureArgs,
+    /// Captured pods on each node
+    #[arg(long, default_value_t = 2)]
+    pods_per_node: u8,
+}
+
+#[derive(Debug, Args)]
+struct DownArgs {
+    /// Name of the lab
+    #[arg(long, default_value = "lab", env = "AMBIDEX_LAB")]
+    name: String,
+    /// Remove every lab on this machine
+    #[arg(long, conflicts_with = "name")]
+    all: bool,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    name: NameArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+struct ExecArgs {
+    #[command(flatten)]
+    name: NameArgs,
+    /// Where: node1, proxy1, pod1-2, plain1, out
+    target: String,
+    /// Command with its arguments
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+fn progress(line: &str) {
+    eprintln!("{line}");
+}
+
+pub(crate) fn run(args: LabArgs) -> Result<(), Failure> {
+    match args.verb {
+        Verb::Up(args) => up(&args),
+        Verb::Down(args) => down(&args),
+        Verb::Status(args) => status(&args),
+        Verb::Exec(args) => match standing::exec(&args.name.name, &args.target, &args.command)? {
+            0 => Ok(()),
+            code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),
+        },
+        Verb::Traffic { command } => match traffic::run(&TrafficCommand::from_json(&command)?)? {
+            0 => Ok(()),
+            code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),
+        },
+    }
+}
+
+fn up(args: &UpArgs) -> Result<(), Failure> {
+    let variant = args.capture.variant;
+    let spec = LabSpec {
+        node_flow: variant.node_flow,
+        inpod_rules: variant.inpod_rules,
+        overlay: variant.overlay,
+        same_node: variant.same_node,
+        cni: variant.cni,
+        pods_per_node: args.pods_per_node,
+        ..LabSpec::new(
+            &args.name.name,
+            args.capture.mode,
+            Programs::of_this_process()?,
+        )
+    };
+    let lab = standing::up(&spec, &progress)?;
+    let name = lab.name();
+    eprintln!("lab {name} stands; look into it: ambidex lab exec --name {name} node1 -- ip rule");
+    Ok(())
+}
+
+fn down(args: &DownArgs) -> Result<(), Failure> {
+    let names = if args.all {
+        standing::list()?
+    } else {
+        vec![args.name.clone()]
+    };
+    for name in names {
+        standing::down(&name)?;
+        eprintln!("lab {name} is removed");
+    }
+    Ok(())
+}
+
+fn status(args: &StatusArgs) -> Result<(), Failure> {
+    let status = standing::status(&args.name.name)?;
+    match args.output.output {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+        Format::Yaml => print!("{}", serde_saphyr::to_string(&status)?),
+        Format::Table | Format::Wide => print!("{status}"),
+    }
+    match status.first_broken() {
+        None => Ok(()),
+        Some(broken) => Err(anyhow::anyhow!("{broken}").into()),
+    }
+}

@@ -1,0 +1,56 @@
+//! Output formats, as kubectl has them.
+
+use clap::{Args, ValueEnum};
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+/// How a list is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Columns.
+    Table,
+    /// More columns.
+    Wide,
+    /// JSON.
+    Json,
+    /// YAML.
+    Yaml,
+}
+
+/// The flag `-o`.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct OutputArgs {
+    /// Output format
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(crate) output: Format,
+}
+
+impl OutputArgs {
+    /// Prints `value`: as it is in JSON or YAML, or by `table`, which is told whether it may be wide.
+    pub(crate) fn print<T: Serialize>(
+        self,
+        value: &T,
+        table: impl FnOnce(bool) -> Table,
+    ) -> anyhow::Result<()> {
+        match self.output {
+            Format::Json => println!("{}", serde_json::to_string_pretty(value)?),
+            Format::Yaml => print!("{}", serde_saphyr::to_string(value)?),
+            Format::Table => println!("{}", table(false)),
+            Format::Wide => println!("{}", table(true)),
+        }
+        Ok(())
+    }
+}
+
+/// An empty table in kubectl's look: no lines, upper-case header.
+pub(crate) fn plain_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(header);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 3));
+    }
+    table
+}

@@ -1,0 +1,63 @@
+//! Logs of the daemons: text or JSON on standard output, written by a thread of its own so that a full pipe never stops
+//! a worker.
+
+use std::io::IsTerminal;
+
+use tracing_appender::non_blocking::WorkerGuard;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+/// Filter when `RUST_LOG` says nothing.
+const DEFAULT_FILTER: &str = "info";
+
+/// Keeps the log's thread alive, and can change the filter while the program runs.
+pub struct Log {
+    filter: reload::Handle<EnvFilter, Registry>,
+    _guard: WorkerGuard,
+}
+
+/// Starts logging: filter from `RUST_LOG`, JSON when `LOG_FORMAT=json`.
+pub fn start() -> Log {
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stdout());
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    let (filter, handle) = reload::Layer::new(filter);
+    let registry = tracing_subscriber::registry().with(filter);
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // A second subscriber in one process can only come from a test; the first one stays.
+    let _ = if std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json") {
+        registry
+            .with(fmt::layer().json().flatten_event(true).with_writer(writer))
+            .try_init()
+    } else {
+        registry
+            .with(fmt::layer().with_ansi(colour).with_writer(writer))
+            .try_init()
+    };
+    Log {
+        filter: handle,
+        _guard: guard,
+    }
+}
+
+impl Log {
+    /// The filter in force.
+    pub fn level(&self) -> String {
+        self.filter
+            .with_current(ToString::to_string)
+            .unwrap_or_default()
+    }
+
+    /// Changes the filter; `reset` goes back to the default. The error is a sentence for the operator.
+    pub fn set_level(&self, level: &str) -> Result<(), String> {
+        let text = if level == "reset" {
+            DEFAULT_FILTER
+        } else {
+            level
+        };
+        let filter =
+            EnvFilter::try_new(text).map_err(|e| format!("{text:?} is not a log filter: {e}"))?;
+        self.filter.reload(filter).map_err(|e| e.to_string())
+    }
+}

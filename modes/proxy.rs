@@ -1,0 +1,120 @@
+//! The node proxy's start-up: certificates, workloads, the core, telemetry pages, and the agent's requests.
+
+mod handler;
+mod pages;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use host_net::netns::Netns;
+use inpod_redirect::zds::client::{self, ClientOptions};
+use shared_proxy::core::{Core, CoreConfig};
+use shared_proxy::identity::{Certificates, LocalCa, RefreshPolicy};
+use shared_proxy::state::{Store, local_xds};
+use shared_proxy::telemetry::{Readiness, Telemetry, TelemetryOptions};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use crate::logging::Log;
+
+/// What a proxy is started with.
+#[derive(Debug, Clone)]
+pub struct ProxyConfig {
+    /// The agent's ZDS socket.
+    pub zds_socket: PathBuf,
+    /// Workloads, services and policies.
+    pub local_xds: PathBuf,
+    /// Directory of the built-in CA.
+    pub ca_dir: PathBuf,
+    /// Trust domain.
+    pub trust_domain: String,
+    /// Lifetime of workload certificates.
+    pub cert_ttl: Duration,
+    /// How long connections may go on after SIGTERM.
+    pub drain: Duration,
+    /// Network that addresses without one belong to.
+    pub network: String,
+    /// Cluster name.
+    pub cluster_id: String,
+    /// Admin pages.
+    pub admin: SocketAddr,
+    /// Metrics pages.
+    pub metrics: SocketAddr,
+    /// Readiness page.
+    pub readiness: SocketAddr,
+}
+
+/// Runs a proxy until SIGTERM or SIGINT, then drains.
+pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let own_netns = Netns::current()?;
+
+    let store = Arc::new(Store::in_network(config.network.as_str()));
+    let watch =
+        local_xds::watch_file(&config.local_xds, Arc::clone(&store)).context("workloads")?;
+
+    let ca = LocalCa::open(&config.ca_dir, &config.trust_domain, config.cert_ttl)
+        .with_context(|| format!("built-in CA in {}", config.ca_dir.display()))?;
+    let certificates = Arc::new(Certificates::new(Arc::new(ca), RefreshPolicy::default()));
+    let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
+        component: "ambidex-proxy".to_owned(),
+        tag: env!("CARGO_PKG_VERSION").to_owned(),
+    }));
+    let core = Core::new(
+        CoreConfig {
+            trust_domain: config.trust_domain.as_str().into(),
+            cluster: config.cluster_id.as_str().into(),
+            network: config.network.as_str().into(),
+            ..CoreConfig::default()
+        },
+        Arc::clone(&store),
+        Arc::clone(&certificates),
+        Arc::clone(&telemetry),
+    );
+
+    let readiness = Readiness::new();
+    let handler = Arc::new(handler::Workloads::new(
+        core.clone(),
+        Arc::clone(&certificates),
+        Arc::clone(&telemetry),
+        own_netns.clone(),
+        &config,
+        readiness.clone(),
+    ));
+    let quit = Arc::new(Notify::new());
+    let sources = pages::Sources {
+        store: &store,
+        certificates: &certificates,
+        workloads: &handler,
+        telemetry: &telemetry,
+    };
+    let pages = pages::start(&config, &sources, readiness, log, &quit)?;
+    let zds = tokio::spawn(client::run(
+        ClientOptions {
+            path: config.zds_socket.clone(),
+            extension: true,
+            own_netns,
+            default_drain: config.drain,
+        },
+        Arc::clone(&handler),
+        std::future::pending(),
+    ));
+    tracing::info!(zds = %config.zds_socket.display(), "proxy started");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = quit.notified() => {}
+    }
+    tracing::info!(deadline = ?config.drain, "draining");
+    zds.abort();
+    watch.abort();
+    core.shutdown(config.drain).await;
+    tracing::info!("drained");
+    drop(pages);
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! What the agent's requests do in the proxy: scopes are attached to the core and detached from it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use host_net::netns::Netns;
+use inpod_redirect::scope::InpodScope;
+use inpod_redirect::zds::client::WorkloadHandler;
+use inpod_redirect::zds::{Add, Mode, NodeConfiguration};
+use node_redirect::plan::Flow;
+use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
+use serde_json::{Value, json};
+use shared_proxy::capture::LocalWorkload;
+use shared_proxy::core::{Attached, Core};
+use shared_proxy::drain::Drain;
+use shared_proxy::identity::{Certificates, Identity};
+use shared_proxy::telemetry::{Readiness, ReadinessTask, Telemetry};
+
+use super::ProxyConfig;
+
+/// Readiness task that is open until the agent's snapshot is served.
+const MANAGER: &str = "workload proxy manager";
+
+/// A pod that is served.
+struct Served {
+    workload: LocalWorkload,
+    identity: Identity,
+    /// Its own scope, if it has one; node-captured pods share theirs.
+    scope: Option<Attached>,
+}
+
+/// The node-wide scope and the configuration that it was made with.
+struct NodeWide {
+    configuration: NodeConfiguration,
+    scope: Arc<NodeScope>,
+    attached: Attached,
+}
+
+/// The pods that this proxy serves.
+pub(super) struct Workloads {
+    core: Core,
+    certificates: Arc<Certificates>,
+    telemetry: Arc<Telemetry>,
+    own_netns: Netns,
+    trust_domain: String,
+    drain: Duration,
+    readiness: Readiness,
+    not_ready: Mutex<Option<ReadinessTask>>,
+    served: Mutex<HashMap<Arc<str>, Served>>,
+    node: Mutex<Option<NodeWide>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Workloads {
+    pub(super) fn new(
+        core: Core,
+        certificates: Arc<Certificates>,
+        telemetry: Arc<Telemetry>,
+        own_netns: Netns,
+        config: &ProxyConfig,
+        readiness: Readiness,
+    ) -> Self {
+        Self {
+            core,
+            certificates,
+            telemetry,
+            own_netns,
+            trust_domain: config.trust_domain.clone(),
+            drain: config.drain,
+            not_ready: Mutex::new(Some(readiness.register(MANAGER))),
+            readiness,
+            served: Mutex::default(),
+            node: Mutex::default(),
+        }
+    }
+
+    /// The section `workloadState` of the configuration dump.
+    pub(super) fn state(&self) -> Value {
+        let served = lock(&self.served);
+        served
+            .values()
+            .map(|served| {
+                let state = json!({
+                    "state": "Up",
+                    "captureMode": if served.scope.is_some() { Mode::Inpod.as_str() } else { Mode::Node.as_str() },
+                    "info": {
+                        "name": &*served.workload.name,
+                        "namespace": &*served.workload.namespace,
+                        "serviceAccount": &*served.workload.service_account,
+                    },
+                });
+                (served.workload.uid.to_string(), state)
+            })
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    }
+
+    async fn start(&self, add: Add) -> Result<(), String> {
+        let workload = LocalWorkload {
+            uid: Arc::clone(&add.uid),
+            name: add.info.name.as_str().into(),
+            namespace: add.info.namespace.as_str().into(),
+            service_account: add.info.service_account.as_str().into(),
+            addresses: add.addresses.into(),
+        };
+        let identity = Identity::new(
+            self.trust_domain.as_str(),
+            add.info.namespace.as_str(),
+            add.info.service_account.as_str(),
+        )
+        .map_err(|error| error.to_string())?;
+        // An acknowledgement promises that the pod's connections can be served: with its certificate.
+        self.certificates
+            .get(&identity)
+            .await
+            .map_err(|error| error.to_string())?;
+        let scope = match (add.mode, add.netns) {
+            (Mode::Inpod, Some(netns)) => {
+                let scope = InpodScope::new(netns, workload.clone(), &self.own_netns)
+                    .map_err(|error| error.to_string())?;
+                Some(
+                    self.core
+                        .attach(Arc::new(scope))
+                        .await
+                        .map_err(|error| error.to_string())?,
+                )
+            }
+            (Mode::Inpod, None) => {
+                return Err("in-pod capture needs the pod's network namespace".to_owned());
+            }
+            (Mode::Node, _) => {
+                let node = lock(&self.node);
+                let node = node
+                    .as_ref()
+                    .ok_or("the agent has not configured node capture")?;
+                node.scope.announce(workload.clone());
+                None
+            }
+        };
+        lock(&self.served).insert(
+            add.uid,
+            Served {
+                workload,
+                identity,
+                scope,
+            },
+        );
+        self.telemetry.workload_manager().proxy_started();
+        Ok(())
+    }
+}
+
+impl WorkloadHandler for Workloads {
+    async fn add(&self, add: Add) -> Result<(), String> {
+        self.start(add).await
+    }
+
+    async fn del(&self, uid: &str, drain: Duration) {
+        let Some(served) = lock(&self.served).remove(uid) else {
+            return;
+        };
+        self.telemetry.workload_manager().proxy_stopped();
+        if !lock(&self.served)
+            .values()
+            .any(|other| other.identity == served.identity)
+        {
+            self.certificates.forget(&served.identity);
+        }
+        match served.scope {
+            Some(mut attached) => {
+                attached.stop_accepting().await;
+                tokio::spawn(attached.detach(Drain::within(drain)));
+            }
+            None => {
+                if let Some(node) = lock(&self.node).as_ref() {
+                    node.scope.withdraw(uid);
+                }
+            }
+        }
+    }
+
+    async fn snapshot_sent(&self) {
+        if let Some(task) = lock(&self.not_ready).take() {
+            task.done();
+        }
+    }
+
+    async fn configure_node(&self, configuration: NodeConfiguration) -> Result<(), String> {
+        if lock(&self.node)
+            .as_ref()
+            .is_some_and(|node| node.configuration == configuration)
+        {
+            return Ok(());
+        }
+        let scope = Arc::new(NodeScope::new(
+            self.own_netns.clone(),
+            NodeScopeConfig {
+                flow: configuration
+                    .flow
+                    .parse::<Flow>()
+                    .map_err(|error| error.to_string())?,
+                same_node: configuration
+                    .same_node
+                    .parse::<SameNode>()
+                    .map_err(|error| error.to_string())?,
+                local_addresses: configuration.node_addresses.clone(),
+            },
+        ));
+        let previous = lock(&self.node).take();
+        if let Some(previous) = previous {
+            previous.attached.detach(Drain::within(self.drain)).await;
+        }
+        for served in lock(&self.served)
+            .values()
+            .filter(|served| served.scope.is_none())
+        {
+            scope.announce(served.workload.clone());
+        }
+        let attached = self
+            .core
+            .attach(Arc::clone(&scope) as Arc<_>)
+            .await
+            .map_err(|error| error.to_string())?;
+        *lock(&self.node) = Some(NodeWide {
+            configuration,
+            scope,
+            attached,
+        });
+        Ok(())
+    }
+
+    fn connections(&self, uid: &str) -> u64 {
+        let served = lock(&self.served);
+        let Some(addresses) = served
+            .get(uid)
+            .map(|served| Arc::clone(&served.workload.addresses))
+        else {
+            return 0;
+        };
+        drop(served);
+        let of_pod = |address: std::net::SocketAddr| addresses.contains(&address.ip());
+        self.telemetry
+            .connections()
+            .iter()
+            .filter(|connection| {
+                of_pod(connection.source.addr) || of_pod(connection.destination.addr)
+            })
+            .count() as u64
+    }
+
+    fn disconnected(&self) {
+        let mut not_ready = lock(&self.not_ready);
+        if not_ready.is_none() {
+            *not_ready = Some(self.readiness.register(MANAGER));
+        }
+    }
+}

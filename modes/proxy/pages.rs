@@ -1,0 +1,103 @@
+//! Admin, metrics and readiness pages of the proxy.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use serde::Serialize;
+use serde_json::{Value, json};
+use shared_proxy::identity::{CertificateInfo, CertificateState, Certificates};
+use shared_proxy::state::Store;
+use shared_proxy::telemetry::admin::{
+    self, Admin, AdminAddresses, AdminListeners, AdminServer, LogControl,
+};
+use shared_proxy::telemetry::{Readiness, Telemetry};
+use tokio::sync::Notify;
+
+use super::ProxyConfig;
+use super::handler::Workloads;
+use crate::logging::Log;
+
+impl LogControl for Log {
+    fn current(&self) -> String {
+        self.level()
+    }
+
+    fn set(&self, filter: &str) -> Result<(), String> {
+        self.set_level(filter)
+    }
+}
+
+/// What the pages show.
+pub(super) struct Sources<'a> {
+    pub(super) store: &'a Arc<Store>,
+    pub(super) certificates: &'a Arc<Certificates>,
+    pub(super) workloads: &'a Arc<Workloads>,
+    pub(super) telemetry: &'a Arc<Telemetry>,
+}
+
+/// Starts the three servers on their own thread. They stop when the result is dropped.
+pub(super) fn start(
+    config: &ProxyConfig,
+    sources: &Sources<'_>,
+    readiness: Readiness,
+    log: Log,
+    quit: &Arc<Notify>,
+) -> anyhow::Result<AdminServer> {
+    let listeners = AdminListeners::bind(&AdminAddresses {
+        admin: config.admin,
+        metrics: config.metrics,
+        readiness: config.readiness,
+    })?;
+    let (workloads_of, services_of, policies_of) = (
+        Arc::clone(sources.store),
+        Arc::clone(sources.store),
+        Arc::clone(sources.store),
+    );
+    let certificates = Arc::clone(sources.certificates);
+    let workloads = Arc::clone(sources.workloads);
+    let quit = Arc::clone(quit);
+    let pages = Admin::new(Arc::clone(sources.telemetry), readiness)
+        .section("workloads", move || list(workloads_of.load().workloads()))
+        .section("services", move || list(services_of.load().services()))
+        .section("policies", move || list(policies_of.load().policies()))
+        .section("certificates", move || {
+            certificates.list().iter().map(certificate).collect()
+        })
+        .section("workloadState", move || workloads.state())
+        .logging(log)
+        .on_shutdown(move || quit.notify_one());
+    admin::serve(pages, listeners).context("admin pages")
+}
+
+/// A list as JSON. What cannot be written is shown as the reason.
+fn list<'a, T: Serialize + 'a>(items: impl Iterator<Item = &'a T>) -> Value {
+    items
+        .map(|item| {
+            serde_json::to_value(item).unwrap_or_else(|error| Value::String(error.to_string()))
+        })
+        .collect()
+}
+
+/// A certificate as the configuration dump shows it, with times in seconds since 1970.
+fn certificate(info: &CertificateInfo) -> Value {
+    let (state, error) = match &info.state {
+        CertificateState::Initializing => ("Initializing", None),
+        CertificateState::Available => ("Available", None),
+        CertificateState::NotRenewed(error) => ("Available", Some(error.to_string())),
+        CertificateState::Unavailable(error) => ("Unavailable", Some(error.to_string())),
+    };
+    let seconds = |time: SystemTime| {
+        time.duration_since(SystemTime::UNIX_EPOCH)
+            .map(|since| since.as_secs())
+            .ok()
+    };
+    json!({
+        "identity": info.identity.to_string(),
+        "state": state,
+        "error": error,
+        "serialNumber": info.serial,
+        "validFrom": info.not_before.and_then(seconds),
+        "expirationTime": info.not_after.and_then(seconds),
+    })
+}
