@@ -121,8 +121,10 @@ pub fn host() -> Plan {
                 family: Family::V4,
                 table: Table::Nat,
                 name: POSTROUTING_CHAIN.to_owned(),
+                // Only what begins: where nothing tracked connections before, those that are open would be picked up in
+                // mid-stream, get another source address and break.
                 rules: vec![format!(
-                    "-p tcp -m owner --socket-exists -m set --match-set {PROBES_SET} dst -j SNAT --to-source {PROBE_ADDRESS}"
+                    "-p tcp -m tcp {SYN} -m owner --socket-exists -m set --match-set {PROBES_SET} dst -j SNAT --to-source {PROBE_ADDRESS}"
                 )],
                 // Before any masquerading of the network plugin.
                 jump: Some(Jump {

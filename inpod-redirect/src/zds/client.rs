@@ -1,6 +1,6 @@
 //! The proxy's end: connects, follows the agent's requests, and goes on serving whatever the agent does.
 //!
-//! [`workloads`] is the state machine (what runs, what waits, what the snapshot named); here are the connection, its
+//! `workloads` is the state machine (what runs, what waits, what the snapshot named); here are the connection, its
 //! requests, and the rule that a broken or misbehaving agent costs a reconnect, never the data plane.
 
 mod workloads;

@@ -1,6 +1,6 @@
 //! The agent's end: accepts proxies, sends each the snapshot of all pods, then live changes, in strict lockstep.
 //!
-//! Every proxy has one task ([`link`]) that owns its connection; [`ZdsHandle`] puts requests into the tasks' queues. The
+//! Every proxy has one task (`link`) that owns its connection; [`ZdsHandle`] puts requests into the tasks' queues. The
 //! registry of pods is shared: what is registered is in the next snapshot, also a pod whose live Add failed, so that a
 //! reconnect heals it.
 
