@@ -134,7 +134,7 @@ async fn a_captured_pods_ipv6_goes_nowhere() {
     let ways = [(A, V), (V, A)];
     let crosses = async |node: &Node, (from, to): (Pod, Pod)| {
         let to = SocketAddr::from((node::ipv6(to), PORT));
-        timeout(Duration::from_secs(1), node.connect(from, to))
+        timeout(Duration::from_secs(3), node.connect(from, to))
             .await
             .is_ok_and(|connected| connected.is_ok())
     };

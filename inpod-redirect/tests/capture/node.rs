@@ -119,7 +119,9 @@ impl Node {
             // Strict: the capture needs nothing loosened.
             self.sh(
                 pod,
-                "ip link set lo up; echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter",
+                "ip link set lo up
+                 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
+                 echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter",
             );
         }
         self.sh(H, "echo 1 > /proc/sys/net/ipv4/ip_forward");

@@ -4,6 +4,7 @@
 
 mod relay;
 mod topology;
+mod traffic;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -145,8 +146,11 @@ async fn hybrid_puts_the_first_packet_into_the_overlay_and_no_other() {
     let before = lab.counters();
     echo(&lab, A, at(B), BULK as usize).await.unwrap();
     let moved = lab.counters() - before;
-    assert_eq!(moved.out_1.to_proxy.packets, 1, "{moved:?}");
-    assert_eq!(moved.in_2.to_proxy.packets, 1, "{moved:?}");
+    for first in [moved.out_1.to_proxy, moved.in_2.to_proxy] {
+        // A busy machine may send it again.
+        assert!((1..=3).contains(&first.packets), "{moved:?}");
+        assert!(first.bytes <= 3 * 60, "a SYN, nothing longer: {moved:?}");
+    }
     assert_eq!(moved.out_1.from_proxy.packets, 0, "{moved:?}");
     assert_eq!(moved.in_2.from_proxy.packets, 0, "{moved:?}");
 }

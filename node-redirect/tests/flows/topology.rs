@@ -1,12 +1,11 @@
 //! Two nodes joined by a cable; on each a proxy and pods with /32 routes over veth pairs.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Sub;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use host_net::dump::dump;
 use host_net::engine;
@@ -16,14 +15,14 @@ use host_net::plan::{OverlayKind, Phase, Place, Plan};
 use node_redirect::plan::{self, Flow, HostFacts, PodFacts, ProxyFacts};
 use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
 use shared_proxy::capture::LocalWorkload;
-use socket2::{Domain, Protocol, Socket, Type};
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::io::BufReader;
+use tokio::net::TcpSocket;
 use tokio::task::JoinSet;
 
 use crate::PORT;
 use crate::relay::{self, Log, Seen};
+use crate::traffic::{Connection, ping_once, serve_echo};
 
 /// One namespace of the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -238,6 +237,7 @@ impl Lab {
             self.sh(
                 short,
                 "ip link set lo up
+                 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
                  echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter
                  echo 1 > /proc/sys/net/ipv4/conf/default/rp_filter",
             );
@@ -514,85 +514,4 @@ impl Sub for Counters {
             proxy_1_lo: self.proxy_1_lo - before.proxy_1_lo,
         }
     }
-}
-
-/// Greets each connection with the address it sees, then sends back what it gets.
-async fn serve_echo(listener: TcpListener) {
-    let mut connections = JoinSet::new();
-    while let Ok((mut stream, peer)) = listener.accept().await {
-        connections.spawn(async move {
-            let greeting = format!("{}\n", peer.ip());
-            if stream.write_all(greeting.as_bytes()).await.is_ok() {
-                let (mut read, mut write) = stream.split();
-                let _ = tokio::io::copy(&mut read, &mut write).await;
-            }
-        });
-    }
-}
-
-/// The client's end of a connection to an echo server.
-pub struct Connection {
-    stream: BufReader<TcpStream>,
-}
-
-impl Connection {
-    /// Whom the server sees.
-    pub async fn greeting(&mut self) -> io::Result<IpAddr> {
-        let mut line = String::new();
-        self.stream.read_line(&mut line).await?;
-        line.trim_end().parse().map_err(io::Error::other)
-    }
-
-    /// Sends `size` bytes and gets the same back.
-    pub async fn echo(&mut self, size: usize) -> io::Result<()> {
-        let sent: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
-        let mut received = vec![0; size];
-        let (read, write) = tokio::io::split(&mut self.stream);
-        let (mut read, mut write) = (read, write);
-        tokio::try_join!(write.write_all(&sent), read.read_exact(&mut received))?;
-        if sent == received {
-            Ok(())
-        } else {
-            Err(io::Error::other("not the bytes that were sent"))
-        }
-    }
-}
-
-const PING_ID: [u8; 2] = [0x4e, 0x52];
-
-/// One echo request from the calling thread's namespace; whether its answer came within a second.
-fn ping_once(to: IpAddr) -> io::Result<bool> {
-    // Type, code, checksum, identifier, number.
-    let mut request = [0; 8];
-    request[4..6].copy_from_slice(&PING_ID);
-    let (domain, protocol, answer) = match to {
-        IpAddr::V4(_) => {
-            request[0] = 8;
-            let sum = !(0x0800 + u16::from_be_bytes(PING_ID));
-            request[2..4].copy_from_slice(&sum.to_be_bytes());
-            (Domain::IPV4, Protocol::ICMPV4, 0)
-        }
-        // The kernel fills in the checksum of ICMPv6.
-        IpAddr::V6(_) => {
-            request[0] = 128;
-            (Domain::IPV6, Protocol::ICMPV6, 129)
-        }
-    };
-    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
-    socket.set_read_timeout(Some(Duration::from_millis(200)))?;
-    socket.connect(&SocketAddr::new(to, 0).into())?;
-    socket.send(&request)?;
-    let deadline = Instant::now() + Duration::from_secs(1);
-    let mut packet = [0; 256];
-    while Instant::now() < deadline {
-        let Ok(size) = (&socket).read(&mut packet) else {
-            continue;
-        };
-        // A raw IPv4 socket gets the IP header too.
-        let message = &packet[if to.is_ipv4() { 20 } else { 0 }..size];
-        if message[0] == answer && message[4..6] == PING_ID {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
