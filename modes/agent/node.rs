@@ -57,18 +57,17 @@ impl Agent {
 
     /// Brings a place to a plan, from whatever the journal says an earlier agent left there.
     pub(super) async fn converge(&self, place: &Place, to: &Plan) -> anyhow::Result<()> {
-        let from = match self.journal.load(&to.name)? {
-            Some(record) if record.netns == place.netns.id() => record.plan,
-            Some(_) => {
-                // The namespace was replaced. If the old one still stands, it gets its objects taken away.
-                for error in engine::undo(&to.name, None, &self.journal).await {
-                    tracing::warn!(%error, plan = to.name, "the namespace of an earlier proxy or pod is not clean");
-                }
-                Plan::empty(&to.name)
+        if self
+            .journal
+            .load(&to.name)?
+            .is_some_and(|record| record.netns != place.netns.id())
+        {
+            // The namespace was replaced. If the old one still stands, it gets its objects taken away.
+            for error in engine::undo(&to.name, None, &self.journal).await {
+                tracing::warn!(%error, plan = to.name, "the namespace of an earlier proxy or pod is not clean");
             }
-            None => Plan::empty(&to.name),
-        };
-        engine::apply(place, &from, to, &self.journal).await?;
+        }
+        engine::apply(place, &Plan::empty(&to.name), to, &self.journal).await?;
         Ok(())
     }
 
