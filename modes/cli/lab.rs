@@ -55,7 +55,7 @@ struct UpArgs {
 #[derive(Debug, Args)]
 struct DownArgs {
     /// Name of the lab
-    #[arg(long, default_value = "lab", env = "AMBIDEX_LAB")]
+    #[arg(long, default_value = "lab")]
     name: String,
     /// Remove every lab on this machine
     #[arg(long, conflicts_with = "name")]

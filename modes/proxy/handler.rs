@@ -22,6 +22,9 @@ use super::ProxyConfig;
 /// Readiness task that is open until the agent's snapshot is served.
 const MANAGER: &str = "workload proxy manager";
 
+/// How long a pod's certificate may take. Less than the agent waits for the acknowledgement (5 s), so that it hears why.
+const CERTIFICATE_WITHIN: Duration = Duration::from_secs(4);
+
 /// A pod that is served.
 struct Served {
     workload: LocalWorkload,
@@ -114,9 +117,9 @@ impl Workloads {
         )
         .map_err(|error| error.to_string())?;
         // An acknowledgement promises that the pod's connections can be served: with its certificate.
-        self.certificates
-            .get(&identity)
+        tokio::time::timeout(CERTIFICATE_WITHIN, self.certificates.get(&identity))
             .await
+            .map_err(|_| format!("no certificate for {identity} within {CERTIFICATE_WITHIN:?}"))?
             .map_err(|error| error.to_string())?;
         let scope = match (add.mode, add.netns) {
             (Mode::Inpod, Some(netns)) => {
