@@ -61,6 +61,8 @@ pub struct Agent {
 pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // Said at once, not when the first proxy comes.
+    crate::options::require_overlay(config.mode, config.variant.overlay).await?;
     let host = Netns::current()?;
     let journal = Journal::open(config.state_dir.join("journal"))?;
     let pods = Pods::open(&config.state_dir)?;

@@ -1,6 +1,7 @@
 //! The words that `lab up`, `bench` and `agent` share: one vocabulary for the variants of both captures.
 
 use clap::Args;
+use host_net::netlink::NetlinkError;
 use host_net::plan::OverlayKind;
 
 pub use lab::topology::{Capture, Cni, InpodRules, Mode, NodeFlow, Overlay, SameNode};
@@ -34,6 +35,23 @@ pub struct VariantArgs {
     /// How pods are connected to their node.
     #[arg(long, value_enum, default_value_t = Cni::Routed)]
     pub cni: Cni,
+}
+
+/// Fails if a capture needs the overlay that was asked for by name and this kernel has no driver for it.
+///
+/// # Errors
+/// Names the ways out.
+pub async fn require_overlay(mode: Mode, overlay: Overlay) -> Result<(), NetlinkError> {
+    let kind = match overlay {
+        Overlay::Auto => return Ok(()),
+        Overlay::Geneve => OverlayKind::Geneve,
+        Overlay::Vxlan => OverlayKind::Vxlan,
+    };
+    let needed = matches!(mode, Mode::Node | Mode::Mixed);
+    if needed && !host_net::netlink::overlay_supported(kind).await {
+        return Err(NetlinkError::NoOverlay(kind));
+    }
+    Ok(())
 }
 
 /// The overlay device to use on this kernel.

@@ -5,9 +5,9 @@ use lab::standing;
 use lab::topology::{LabSpec, Programs};
 use lab::traffic::{self, TrafficCommand};
 
-use super::Failure;
 use super::output::{Format, OutputArgs};
-use crate::options::CaptureArgs;
+use super::{Failure, block_on};
+use crate::options::{CaptureArgs, require_overlay};
 
 #[derive(Debug, Args)]
 pub(crate) struct LabArgs {
@@ -103,6 +103,7 @@ pub(crate) fn run(args: LabArgs) -> Result<(), Failure> {
 
 fn up(args: &UpArgs) -> Result<(), Failure> {
     let variant = args.capture.variant;
+    block_on(require_overlay(args.capture.mode, variant.overlay))??;
     let spec = LabSpec {
         node_flow: variant.node_flow,
         inpod_rules: variant.inpod_rules,

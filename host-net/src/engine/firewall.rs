@@ -178,26 +178,39 @@ fn content_problem(tables: &Tables, chain: &Chain, ours: &Ours) -> Option<Proble
     sorted.sort();
     let mut sorted_wanted: Vec<&String> = chain.rules.iter().collect();
     sorted_wanted.sort();
-    let (at, rule) = first_difference(&own, &chain.rules);
     if sorted == sorted_wanted {
+        let (at, rule) = first_difference(&own, &chain.rules);
         return Some(Problem::Order {
             found: format!("rule {at} is `{rule}`"),
         });
     }
+    let listed = |what: &str, rules: Vec<&String>| {
+        let rules: Vec<String> = rules.iter().map(|rule| format!("`{rule}`")).collect();
+        (!rules.is_empty()).then(|| format!("{what} {}", rules.join(", ")))
+    };
+    let parts = [
+        listed("lacks", beyond(&sorted_wanted, &sorted)),
+        listed("has", beyond(&sorted, &sorted_wanted)),
+    ];
     Some(Problem::Different {
-        found: format!(
-            "{} rules of {}, rule {at} is {}",
-            own.len(),
-            chain.rules.len(),
-            {
-                if rule.is_empty() {
-                    "absent".to_owned()
-                } else {
-                    format!("`{rule}`")
-                }
-            }
-        ),
+        found: parts.into_iter().flatten().collect::<Vec<_>>().join("; "),
     })
+}
+
+/// What the first list has beyond the second one, as often as it does.
+fn beyond<'a>(rules: &[&'a String], than: &[&String]) -> Vec<&'a String> {
+    let mut rest = than.to_vec();
+    rules
+        .iter()
+        .filter(|rule| match rest.iter().position(|other| other == *rule) {
+            Some(at) => {
+                rest.swap_remove(at);
+                false
+            }
+            None => true,
+        })
+        .copied()
+        .collect()
 }
 
 /// The first place (counted from 1) where the lists differ, and what the found one has there.
