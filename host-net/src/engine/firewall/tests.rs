@@ -63,7 +63,7 @@ fn a_chain_is_compared_rule_by_rule_in_order() {
     assert_eq!(
         look(&["-j A", "-j B"]),
         [Problem::Different {
-            found: "2 rules of 3, rule 3 is absent".to_owned()
+            found: "lacks `-j A`".to_owned()
         }]
     );
     assert_eq!(found(&tables(&[], None), &wanted, &[]), [Problem::Missing]);
