@@ -7,6 +7,7 @@ mod accept;
 mod config;
 mod dial;
 mod ending;
+mod enforce;
 mod workload;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use tokio::task::JoinHandle;
 pub use config::{CoreConfig, Keepalive};
 pub use dial::DialError;
 pub(crate) use ending::Failure;
+pub(crate) use enforce::Admitted;
 
 use crate::capture::{Listener, Role, Scope, ScopeId};
 use crate::drain::{Drain, Drainer};
@@ -47,6 +49,7 @@ pub(crate) struct Shared {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) pool: Pool<PoolKey, Tunnel, TunnelError>,
+    admissions: enforce::Admissions,
     attachments: Mutex<HashMap<u64, Drainer>>,
     next_attachment: AtomicU64,
     ended: AtomicBool,
@@ -100,18 +103,19 @@ impl Core {
         telemetry: Arc<Telemetry>,
     ) -> Self {
         let pool = Pool::new(config.pool.clone());
-        Self {
-            shared: Arc::new(Shared {
-                config,
-                store,
-                certificates,
-                telemetry,
-                pool,
-                attachments: Mutex::default(),
-                next_attachment: AtomicU64::new(1),
-                ended: AtomicBool::new(false),
-            }),
-        }
+        let shared = Arc::new(Shared {
+            config,
+            store,
+            certificates,
+            telemetry,
+            pool,
+            admissions: enforce::Admissions::default(),
+            attachments: Mutex::default(),
+            next_attachment: AtomicU64::new(1),
+            ended: AtomicBool::new(false),
+        });
+        tokio::spawn(enforce::enforce(Arc::downgrade(&shared)));
+        Self { shared }
     }
 
     /// Serves a scope. When this returns, every listener of the scope is bound and its connections are accepted.

@@ -67,6 +67,10 @@ impl Default for HboneConfig {
     }
 }
 
+/// Streams that were reset here and are remembered for a second, so that what is still on its way to them is not taken
+/// for an error.
+const REMEMBERED_RESETS: usize = 1024;
+
 impl HboneConfig {
     /// HTTP/2 settings of a client.
     pub(crate) fn client_builder(&self) -> h2::client::Builder {
@@ -78,6 +82,11 @@ impl HboneConfig {
             .max_send_buffer_size(self.max_send_buffer)
             .max_header_list_size(self.client_header_list)
             .data_frame_budget(self.data_frame_budget)
+            // Counted over the whole life of a connection: frames that arrive for streams which were reset and forgotten.
+            // The default ends a tunnel, with all its streams, after 1,024 of them. Peers are authenticated, and
+            // applications reset connections every day.
+            .max_local_error_reset_streams(None)
+            .max_concurrent_reset_streams(REMEMBERED_RESETS)
             .enable_push(false);
         builder
     }
@@ -92,7 +101,12 @@ impl HboneConfig {
             .max_send_buffer_size(self.max_send_buffer)
             .max_header_list_size(self.server_header_list)
             .max_concurrent_streams(self.max_concurrent_streams)
-            .data_frame_budget(self.data_frame_budget);
+            .data_frame_budget(self.data_frame_budget)
+            // As for the client.
+            .max_local_error_reset_streams(None)
+            .max_concurrent_reset_streams(REMEMBERED_RESETS)
+            // As many streams as are allowed may be reset before they were looked at: one cut does it.
+            .max_pending_accept_reset_streams(self.max_concurrent_streams as usize);
         builder
     }
 }

@@ -5,10 +5,10 @@ pub mod plaintext;
 use std::net::SocketAddr;
 
 use crate::capture::{ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf};
-use crate::core::{Attachment, Failure};
+use crate::core::{Admitted, Attachment, Failure};
+use crate::drain::Signal;
 use crate::identity::Identity;
 use crate::relay::{Leg, Meter};
-use crate::state::{authorize, policy};
 use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening};
 
 /// A connection that has arrived at a captured pod, by whatever way.
@@ -25,13 +25,23 @@ pub(crate) struct Arrival<'a> {
     pub(crate) tunnelled: bool,
 }
 
+/// A connection that was let in and reaches its application.
+pub(crate) struct Arrived {
+    pub(crate) record: ConnectionRecord,
+    pub(crate) application: Leg,
+    /// Lives as long as the connection.
+    pub(crate) admitted: Admitted,
+}
+
 /// Opens the account of an arrival, asks the policies, and connects to the application with the client's address. What
-/// fails after the account was opened is written there too.
+/// fails after the account was opened is written there too. `signal` is that of the task that will serve it: a change of
+/// policy cuts it.
 pub(crate) async fn arrive(
     attachment: &Attachment,
     arrival: &Arrival<'_>,
     pod: &LocalWorkload,
-) -> Result<(ConnectionRecord, Leg), Failure> {
+    signal: &Signal,
+) -> Result<Arrived, Failure> {
     if OWN_PORTS.contains(&arrival.target.port()) {
         return Err(refused(
             attachment,
@@ -59,18 +69,24 @@ pub(crate) async fn arrive(
         hbone_addr: arrival.tunnelled.then_some(arrival.target),
         mutual_tls: arrival.tunnelled,
     });
-    let peer = policy::Peer {
-        identity: arrival.peer,
-        source: client.ip(),
-        destination: arrival.target,
+    let admitted = attachment.core.admit(
+        &workload,
+        arrival.client,
+        arrival.peer,
+        arrival.target,
+        signal.cutter(),
+    );
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
+        Err(failure) => return Err(failed(record, failure)),
     };
-    let verdict = authorize(&snapshot, &workload, &peer);
-    if !verdict.is_allowed() {
-        return Err(failed(record, Failure::Denied(verdict)));
-    }
     let who = OnBehalfOf::RemoteClient(client.ip());
     match attachment.dial(arrival.target, who).await {
-        Ok(stream) => Ok((record, Leg::new(stream))),
+        Ok(stream) => Ok(Arrived {
+            record,
+            application: Leg::new(stream),
+            admitted,
+        }),
         Err(error) => Err(failed(record, error.into())),
     }
 }

@@ -11,7 +11,7 @@ use rand::rng;
 use crate::capture::{
     Captured, ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf, OrigDstAddr, Role,
 };
-use crate::core::{Attachment, Failure};
+use crate::core::{Admitted, Attachment, Failure};
 use crate::drain::Signal;
 use crate::hbone::client::{StreamError, Tunnel};
 use crate::hbone::stream::HboneStream;
@@ -40,7 +40,7 @@ enum Upstream {
 /// The accounts of a connection: ours, and the destination's if that is served by this process without a tunnel.
 struct Accounts {
     source: ConnectionRecord,
-    destination: Option<ConnectionRecord>,
+    destination: Option<(ConnectionRecord, Admitted)>,
 }
 
 /// Serves one connection to its end.
@@ -53,7 +53,7 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
     let leg = Leg::new(stream);
     // Boxed, because it is much larger than what a standing connection needs.
     let prepared = tokio::select! {
-        prepared = Box::pin(prepare(&attachment, client, dst)) => prepared,
+        prepared = Box::pin(prepare(&attachment, client, dst, &signal)) => prepared,
         () = signal.cut() => return,
     };
     let Some((accounts, upstream)) = prepared else {
@@ -61,7 +61,7 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
     };
     let result = tokio::select! {
         result = relay(leg, upstream, &accounts) => result,
-        () = signal.cut() => Err(Failure::Cut),
+        () = signal.cut() => Err(accounts.cut()),
     };
     accounts.finish(result);
 }
@@ -81,6 +81,7 @@ async fn prepare(
     attachment: &Attachment,
     client: ClientAddr,
     dst: Result<OrigDstAddr, crate::capture::Refusal>,
+    signal: &Signal,
 ) -> Option<(Accounts, Upstream)> {
     let telemetry = &attachment.core.telemetry;
     let capture_mode = attachment.scope.id().capture_mode;
@@ -97,7 +98,7 @@ async fn prepare(
         source: telemetry.open(opening(attachment, &source, &destination)),
         destination: None,
     };
-    match connect(attachment, &source, &destination, &mut accounts).await {
+    match connect(attachment, &source, &destination, &mut accounts, signal).await {
         Ok(upstream) => Some((accounts, upstream)),
         Err(failure) => {
             accounts.finish(Err(failure));
@@ -177,6 +178,7 @@ async fn connect(
     source: &Source,
     destination: &Destination,
     accounts: &mut Accounts,
+    signal: &Signal,
 ) -> Result<Upstream, Failure> {
     let to = destination.target;
     match &destination.way {
@@ -199,7 +201,7 @@ async fn connect(
         }
         Way::HandOver(pod) => {
             let peer = Some(&source.identity);
-            let (record, leg) = inbound::arrive(
+            let arrived = inbound::arrive(
                 attachment,
                 &inbound::Arrival {
                     client: source.client,
@@ -209,10 +211,11 @@ async fn connect(
                     tunnelled: false,
                 },
                 pod,
+                signal,
             )
             .await?;
-            accounts.destination = Some(record);
-            Ok(Upstream::Tcp(leg))
+            accounts.destination = Some((arrived.record, arrived.admitted));
+            Ok(Upstream::Tcp(arrived.application))
         }
     }
 }
@@ -269,23 +272,29 @@ async fn open_tunnel(
 impl Meter for Accounts {
     fn to_application(&self, bytes: u64) {
         self.source.sent(bytes);
-        if let Some(record) = &self.destination {
+        if let Some((record, _)) = &self.destination {
             record.sent(bytes);
         }
     }
 
     fn to_client(&self, bytes: u64) {
         self.source.received(bytes);
-        if let Some(record) = &self.destination {
+        if let Some((record, _)) = &self.destination {
             record.received(bytes);
         }
     }
 }
 
 impl Accounts {
+    /// Why the connection was cut.
+    fn cut(&self) -> Failure {
+        let admitted = self.destination.as_ref().map(|(_, admitted)| admitted);
+        admitted.map_or(Failure::Cut, Admitted::cut)
+    }
+
     fn finish(self, result: Result<(), Failure>) {
         let result = result.map_err(crate::telemetry::ConnectionError::from);
-        if let Some(record) = self.destination {
+        if let Some((record, _)) = self.destination {
             record.finish(result.clone());
         }
         self.source.finish(result);

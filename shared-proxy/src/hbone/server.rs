@@ -21,9 +21,9 @@ use crate::capture::{Captured, ClientAddr, LocalWorkload, OrigDstAddr, Refusal, 
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
 use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
-use crate::inbound::{Arrival, arrive};
-use crate::relay::{self, End, Leg, RelayError};
-use crate::telemetry::{ConnectionError, ConnectionRecord, Direction, ResponseFlag};
+use crate::inbound::{Arrival, Arrived, arrive};
+use crate::relay::{self, End, RelayError};
+use crate::telemetry::{ConnectionError, Direction, ResponseFlag};
 
 type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
 
@@ -190,14 +190,18 @@ async fn stream(
     signal: Signal,
 ) {
     let admitted = tokio::select! {
-        admitted = Box::pin(admit(&session, &request)) => admitted,
+        admitted = Box::pin(admit(&session, &request, &signal)) => admitted,
         () = signal.cut() => {
             respond.send_reset(Reason::CANCEL);
             return;
         }
     };
-    let (record, application) = match admitted {
-        Ok(admitted) => admitted,
+    let Arrived {
+        record,
+        application,
+        admitted,
+    } = match admitted {
+        Ok(arrived) => arrived,
         Err(Rejection(status)) => {
             // An error means that the peer has gone meanwhile; there is nobody left to answer.
             let _ = respond.send_response(response(status), true);
@@ -212,7 +216,7 @@ async fn stream(
                 result = relay::through_tunnel(application, End::Application, stream, &record) => {
                     result.map_err(Failure::from)
                 }
-                () = signal.cut() => Err(Failure::Cut),
+                () = signal.cut() => Err(admitted.cut()),
             }
         }
         Err(error) => Err(RelayError::Tunnel(error).into()),
@@ -230,7 +234,8 @@ fn response(status: StatusCode) -> Response<()> {
 async fn admit(
     session: &Session,
     request: &Request<RecvStream>,
-) -> Result<(ConnectionRecord, Leg), Rejection> {
+    signal: &Signal,
+) -> Result<Arrived, Rejection> {
     let target = target(session, request).map_err(|(status, reason)| {
         session.attachment.core.telemetry.refused(
             Direction::Inbound,
@@ -248,7 +253,7 @@ async fn admit(
         peer: Some(&session.peer),
         tunnelled: true,
     };
-    arrive(&session.attachment, &arrival, &session.pod)
+    arrive(&session.attachment, &arrival, &session.pod, signal)
         .await
         .map_err(|failure| {
             Rejection(match failure {

@@ -1,11 +1,11 @@
 //! Plaintext connections to captured pods (15006).
 
-use super::{Arrival, arrive};
+use super::{Arrival, Arrived, arrive};
 use crate::capture::{Captured, ClientAddr, OrigDstAddr, Role};
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
 use crate::relay::{self, Leg};
-use crate::telemetry::{ConnectionRecord, Direction};
+use crate::telemetry::Direction;
 
 /// Serves one connection to its end.
 pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Signal) {
@@ -16,15 +16,20 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
     } = captured;
     let leg = Leg::new(stream);
     let prepared = tokio::select! {
-        prepared = Box::pin(prepare(&attachment, client, dst)) => prepared,
+        prepared = Box::pin(prepare(&attachment, client, dst, &signal)) => prepared,
         () = signal.cut() => return,
     };
-    let Some((record, application)) = prepared else {
+    let Some(arrived) = prepared else {
         return;
     };
+    let Arrived {
+        record,
+        application,
+        admitted,
+    } = arrived;
     let result = tokio::select! {
         result = relay::between_tcp(leg, application, &record) => result.map_err(Failure::from),
-        () = signal.cut() => Err(Failure::Cut),
+        () = signal.cut() => Err(admitted.cut()),
     };
     record.finish(result.map_err(Into::into));
 }
@@ -33,7 +38,8 @@ async fn prepare(
     attachment: &Attachment,
     client: ClientAddr,
     dst: Result<OrigDstAddr, crate::capture::Refusal>,
-) -> Option<(ConnectionRecord, Leg)> {
+    signal: &Signal,
+) -> Option<Arrived> {
     let known = dst.as_ref().ok().copied();
     let owned = dst.and_then(|dst| {
         let pod = attachment
@@ -62,5 +68,5 @@ async fn prepare(
         tunnelled: false,
     };
     // A failure has been accounted for where it happened.
-    arrive(attachment, &arrival, &pod).await.ok()
+    arrive(attachment, &arrival, &pod, signal).await.ok()
 }

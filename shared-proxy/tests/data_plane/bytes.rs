@@ -268,3 +268,33 @@ async fn write_until_blocked(mut client: TcpStream, tiny: usize) -> (TcpStream, 
     }
     (client, written)
 }
+
+/// HTTP/2 counts what arrives for streams that were reset and forgotten, and would end the connection for too much of it.
+/// Applications that reset connections into which their clients still write are nothing special.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_resets_do_not_wear_a_tunnel_out() {
+    let pair = Pair::new().await;
+    let app = pair.mesh.listen().await;
+    let (mut neighbour, mut other) = established(&pair, &app).await;
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = app.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.read(&mut [0; 64]).await;
+                reset(stream);
+            });
+        }
+    });
+    for _ in 0..25 {
+        let some = (0..60).map(|_| async {
+            let mut client = pair.connect().await;
+            let chunk = [0; 32 << 10];
+            while client.write_all(&chunk).await.is_ok() {}
+        });
+        timeout(LIMIT, futures_util::future::join_all(some))
+            .await
+            .unwrap();
+    }
+    neighbour.write_all(b"still there?").await.unwrap();
+    other.read_exact(&mut [0; 12]).await.unwrap();
+    assert_eq!(pair.one.core.pooled_tunnels(), 1);
+}

@@ -64,6 +64,30 @@ async fn denied_by_policy() {
     timeout(LIMIT, app.accept()).await.unwrap().unwrap();
 }
 
+/// A change of policy ends the connections that it denies, and no others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_that_comes_later_ends_what_it_denies() {
+    let pair = Pair::new().await;
+    let app = pair.mesh.listen().await;
+    let mut client = pair.connect().await;
+    client.write_all(b"?").await.unwrap();
+    let (mut server, _) = timeout(LIMIT, app.accept()).await.unwrap().unwrap();
+    assert_eq!(server.read_u8().await.unwrap(), b'?');
+
+    let for_client = CLIENTS_ONLY.replace("somebody-else", "client");
+    pair.mesh.publish("HBONE", &for_client);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    server.write_all(b"!").await.unwrap();
+    assert_eq!(client.read_u8().await.unwrap(), b'!');
+
+    pair.mesh.publish("HBONE", CLIENTS_ONLY);
+    for end in [&mut client, &mut server] {
+        let read = timeout(LIMIT, end.read(&mut [0; 1])).await.unwrap();
+        assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    assert_failed(&pair.two, "DENY").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_with_another_identity_gets_nothing() {
     let mesh = Mesh::new();
