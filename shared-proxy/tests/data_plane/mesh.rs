@@ -4,6 +4,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener as StdListener};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use shared_proxy::capture::{
 };
 use shared_proxy::core::{Attached, Core, CoreConfig};
 use shared_proxy::identity::{Certificates, LocalCa, RefreshPolicy};
+use shared_proxy::ports::SourcePorts;
 use shared_proxy::state::{Store, local_xds};
 use shared_proxy::telemetry::{Telemetry, TelemetryOptions};
 use tempfile::TempDir;
@@ -255,6 +257,7 @@ pub struct LoopbackScope {
     pods: Vec<LocalWorkload>,
     listeners: Mutex<Vec<(Role, StdListener, Option<SocketAddr>)>>,
     hands_over: Vec<LocalWorkload>,
+    ports: Option<SourcePorts>,
 }
 
 impl LoopbackScope {
@@ -267,6 +270,7 @@ impl LoopbackScope {
             pods,
             listeners: Mutex::default(),
             hands_over: Vec::new(),
+            ports: None,
         }
     }
 
@@ -286,6 +290,14 @@ impl LoopbackScope {
     /// Connections to `pod` are served in this process.
     pub fn handing_over(mut self, pod: LocalWorkload) -> Self {
         self.hands_over.push(pod);
+        self
+    }
+}
+
+impl LoopbackScope {
+    /// Upstream sockets take their source ports from `range`.
+    pub fn with_ports(mut self, range: RangeInclusive<u16>) -> Self {
+        self.ports = Some(SourcePorts::new(range));
         self
     }
 }
@@ -323,8 +335,14 @@ impl Scope for LoopbackScope {
             .collect()
     }
 
-    fn socket(&self, _to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
+    fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
         let (OnBehalfOf::LocalWorkload(address) | OnBehalfOf::RemoteClient(address)) = who;
+        if let Some(ports) = &self.ports {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+            socket.set_nonblocking(true)?;
+            ports.bind(&socket, address, to)?;
+            return Ok(TcpSocket::from_std_stream(socket.into()));
+        }
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::new(address, 0))?;
         Ok(socket)

@@ -1,14 +1,17 @@
 //! Which connections share a tunnel, and which never do.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use shared_proxy::capture::Role;
 use shared_proxy::core::CoreConfig;
 use shared_proxy::pool::PoolConfig;
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::mesh::{CLIENT, Mesh, Pair, TWIN, quick};
+use crate::mesh::{CLIENT, Mesh, Pair, SERVER, TWIN, quick};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -98,4 +101,35 @@ async fn a_tunnel_without_streams_is_closed_after_a_while() {
         }
     });
     closed.await.expect("the tunnel stands though it is idle");
+}
+
+/// A source port that is free to bind may still be taken towards the destination: connecting says so, and the next port is
+/// tried.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn source_ports_in_use_are_passed_over() {
+    let mesh = Mesh::new();
+    let node = mesh.node();
+    let scope = mesh.server().with_ports(22_000..=22_004);
+    let door = scope.forward(mesh.ip(SERVER), Role::InboundPlaintext, mesh.app());
+    let _server = node.core.attach(Arc::new(scope)).await.unwrap();
+    let app = mesh.listen().await;
+    let mut kept = Vec::new();
+    for _ in 0..5 {
+        let client = mesh.connect(CLIENT, door).await.unwrap();
+        let (server, from) = timeout(LIMIT, app.accept()).await.unwrap().unwrap();
+        assert!((22_000..=22_004).contains(&from.port()));
+        kept.push((client, server, from.port()));
+    }
+    // Resets leave nothing behind that would keep the port.
+    let (client, server, freed) = kept.remove(2);
+    SockRef::from(&server)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop((server, client));
+    while node.core.connections().len() > 4 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let _client = mesh.connect(CLIENT, door).await.unwrap();
+    let (_server, from) = timeout(LIMIT, app.accept()).await.unwrap().unwrap();
+    assert_eq!(from.port(), freed);
 }
