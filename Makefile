@@ -35,8 +35,8 @@ test: deps
 test-all: deps
 	tests/run --suite all
 
-test-geneve: build
-	tests/geneve/run
+test-geneve: deps
+	$(CARGO) test --test geneve
 
 check: deps
 	$(CARGO) fmt --all --check

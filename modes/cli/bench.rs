@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use lab::bench::case::Case;
 use lab::bench::{BenchSpec, Variant};
-use lab::topology::{Overlay, Programs};
+use lab::topology::{Mode, Overlay, Programs};
 
-use super::Failure;
+use super::{Failure, block_on};
+use crate::options::require_overlay;
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -57,6 +58,11 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         programs: Programs::of_this_process()?,
         out: args.out,
     };
+    let captured_by_node =
+        |variant: &Variant| matches!(variant, Variant::NodeHybrid | Variant::NodeTunnel);
+    if spec.variants.iter().any(captured_by_node) {
+        block_on(require_overlay(Mode::Node, spec.overlay))??;
+    }
     let report = lab::bench::run(&spec, &|line| eprintln!("{line}"))?;
     for proof in &report.proofs {
         print!("{proof}");
