@@ -77,12 +77,12 @@ const BY_HAND: &[(&str, &[&str])] = &[
     (
         "iptables -t mangle -D own-PRE 2",
         &[
-            "iptables chain own-PRE in table mangle: different: 4 rules of 5, rule 2 is `-p tcp -m set --match-set pods src -j MARK --set-xmark 0x100/0x100`",
+            "iptables chain own-PRE in table mangle: different: lacks `-m mark --mark 0x200/0x200 -j RETURN`",
         ],
     ),
     (
         "iptables -t mangle -F own-MORE",
-        &["iptables chain own-MORE in table mangle: different: 0 rules of 1, rule 1 is absent"],
+        &["iptables chain own-MORE in table mangle: different: lacks `-m set --match-set live src -j RETURN`"],
     ),
     (
         "iptables -t mangle -I own-PRE 1 -s 192.0.2.9 -j ACCEPT",
