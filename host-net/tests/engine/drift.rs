@@ -82,7 +82,9 @@ const BY_HAND: &[(&str, &[&str])] = &[
     ),
     (
         "iptables -t mangle -F own-MORE",
-        &["iptables chain own-MORE in table mangle: different: lacks `-m set --match-set live src -j RETURN`"],
+        &[
+            "iptables chain own-MORE in table mangle: different: lacks `-m set --match-set live src -j RETURN`",
+        ],
     ),
     (
         "iptables -t mangle -I own-PRE 1 -s 192.0.2.9 -j ACCEPT",
