@@ -3,19 +3,28 @@
 //! Order is everything. Enrolment: the proxy has listeners (or the announcement) and a certificate and acknowledges, then
 //! the redirect is made. Unenrolment: the redirect goes first. So there is no moment at which a pod's connections are led
 //! to nobody, and none at which a pod that should be captured speaks past the proxy.
+//!
+//! A pod goes on the list (on disk) before the first object is made for it and leaves it after the last one is gone, and
+//! the journal of host-net covers each object; so an agent that is killed at any moment is followed by one that knows
+//! what to complete or to take away.
 
+mod admission;
 pub mod api;
 mod enrol;
 mod events;
+mod lock;
 mod node;
+mod plans;
 mod pods;
+pub mod removal;
+mod restore;
 mod subject;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use host_net::journal::Journal;
 use host_net::netns::Netns;
 use inpod_redirect::zds::server::{ZdsHandle, ZdsServer};
@@ -23,10 +32,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 pub use enrol::EnrolError;
-pub use pods::{Pod, PodState, Pods};
+pub use lock::{LockError, StateLock};
+pub use pods::{NotFound, Pod, PodState, Pods};
 
+use crate::agent_client;
 use crate::options::{Capture, Mode, VariantArgs};
 use crate::run_dir::RunDir;
+
+/// How long a start waits for an agent before it to end.
+const PREDECESSOR_ENDS_WITHIN: Duration = Duration::from_secs(3);
 
 /// What an agent is started with.
 #[derive(Debug, Clone)]
@@ -50,11 +64,23 @@ pub struct Agent {
     journal: Journal,
     pods: Pods,
     zds: ZdsHandle,
-    /// The node's own objects, once a proxy's namespace is known.
-    node: Mutex<Option<node::NodeSetup>>,
-    /// Whether a proxy is connected and has its snapshot.
-    proxy_ready: Mutex<bool>,
+    status: Mutex<Status>,
+    /// Held while the node's own objects change.
+    setting_up: tokio::sync::Mutex<()>,
     busy: enrol::Busy,
+}
+
+/// What stands between a pod and its enrolment.
+#[derive(Debug, Default)]
+struct Status {
+    /// The node capture, once a proxy's namespace is known.
+    setup: Option<node::NodeSetup>,
+    /// Whether a proxy is connected and has its snapshot.
+    proxy_ready: bool,
+    /// Why the last proxy that connected could not be used.
+    obstacle: Option<String>,
+    /// Whether an operator took everything away.
+    undone: bool,
 }
 
 /// Runs an agent until SIGTERM or SIGINT. Redirects stay in place when it ends: pods stay captured.
@@ -64,6 +90,16 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     // Said at once, not when the first proxy comes.
     crate::options::require_overlay(config.mode, config.variant.overlay).await?;
     let host = Netns::current()?;
+    let _lock = match StateLock::take(&config.state_dir, PREDECESSOR_ENDS_WITHIN) {
+        Ok(lock) => lock,
+        Err(error) => {
+            let other = match agent_client::pid(&config.run_dir).await {
+                Some(pid) => format!("an agent runs with pid {pid}"),
+                None => "one agent only for one state directory".to_owned(),
+            };
+            return Err(error).context(other);
+        }
+    };
     let journal = Journal::open(config.state_dir.join("journal"))?;
     let pods = Pods::open(&config.state_dir)?;
     let server = ZdsServer::bind(&config.zds_socket)?;
@@ -74,12 +110,12 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         journal,
         pods,
         zds,
-        node: Mutex::new(None),
-        proxy_ready: Mutex::new(false),
+        status: Mutex::default(),
+        setting_up: tokio::sync::Mutex::default(),
         busy: enrol::Busy::default(),
     });
     agent.make_inpod_host_objects().await?;
-    agent.restore_pods().await;
+    agent.restore_pods().await?;
     agent.converge_pods(Capture::Inpod).await;
     let (events, proxies) = mpsc::unbounded_channel();
     let zds_task =
@@ -91,8 +127,10 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let for_api = Arc::clone(&agent);
     let api_task = tokio::spawn(crate::unix_http::serve(
         api_listener,
-        move |method, uri, _body| api::answer(Arc::clone(&for_api), method, uri),
+        move |method, uri, _body, _caller| api::answer(Arc::clone(&for_api), method, uri),
     ));
+    let sweeper = Arc::clone(&agent);
+    let sweep_task = tokio::spawn(async move { sweeper.sweep().await });
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
     tokio::select! {
         _ = terminate.recv() => {}
@@ -102,6 +140,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     follow_task.abort();
     events_task.abort();
     api_task.abort();
+    sweep_task.abort();
     tracing::info!("agent stopped; redirects stay in place");
     Ok(())
 }
@@ -114,31 +153,32 @@ impl Agent {
 
     /// Whether a pod could be enrolled now; the error says what is missing.
     pub fn ready(&self) -> anyhow::Result<()> {
-        if !*self
-            .proxy_ready
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-        {
-            return Err(anyhow!(
-                "no proxy is connected on {}",
-                self.config.zds_socket.display()
-            ));
+        self.refuse_after_undo()?;
+        let status = self.status();
+        if !status.proxy_ready {
+            let socket = self.config.zds_socket.display();
+            return Err(match &status.obstacle {
+                Some(obstacle) => anyhow!("no proxy is ready: {obstacle}"),
+                None => anyhow!("no proxy is connected on {socket}"),
+            });
         }
-        if self.config.mode.uses_node() && self.node_setup().is_none() {
+        if self.config.mode.uses_node() && status.setup.is_none() {
             return Err(anyhow!("the node's own objects are not in place yet"));
         }
         Ok(())
     }
 
-    fn set_proxy_ready(&self, ready: bool) {
-        *self
-            .proxy_ready
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = ready;
+    /// After an undo of the node nothing is made any more: who asked for it wants the node as it was.
+    fn refuse_after_undo(&self) -> anyhow::Result<()> {
+        if self.status().undone {
+            return Err(anyhow!(
+                "everything was taken away by `ambidex undo --node`: restart the agent to capture pods again"
+            ));
+        }
+        Ok(())
     }
 
-    /// How long a deleted pod's connections may drain.
-    fn del_drain(&self) -> Duration {
-        Duration::from_secs(5)
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,6 +12,47 @@ use crate::unix_http;
 /// How long the agent may take. An undo of a node with hundreds of pods takes seconds.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a living agent may take to say anything at all.
+const SIGN_OF_LIFE_WITHIN: Duration = Duration::from_secs(2);
+
+/// Whether there is an agent.
+#[derive(Debug)]
+pub enum Life {
+    /// It answers.
+    Answers,
+    /// Nobody listens.
+    Nobody,
+    /// Somebody listens and does not answer.
+    Hung(anyhow::Error),
+}
+
+/// Whether the agent of this node lives.
+pub async fn life() -> Life {
+    let socket = RunDir::from_env().agent();
+    let asked = unix_http::request(
+        &socket,
+        Method::GET,
+        "/healthz",
+        Vec::new(),
+        SIGN_OF_LIFE_WITHIN,
+    );
+    match asked.await {
+        Ok(_) => Life::Answers,
+        Err(error) if error.is_nobody() => Life::Nobody,
+        Err(error) => Life::Hung(error.into()),
+    }
+}
+
+/// Number of the process that listens on the agent's socket, as this process sees it.
+pub async fn pid(run_dir: &RunDir) -> Option<i32> {
+    let connected = tokio::time::timeout(
+        SIGN_OF_LIFE_WITHIN,
+        tokio::net::UnixStream::connect(run_dir.agent()),
+    );
+    let stream = connected.await.ok()?.ok()?;
+    stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0)
+}
+
 /// `GET` a JSON page of the agent of this node.
 pub async fn get<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
     call(Method::GET, uri).await

@@ -77,6 +77,7 @@ pub fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
             eprintln!("error: {error:#}");
             ExitCode::from(1)
@@ -84,6 +85,13 @@ pub fn main() -> ExitCode {
         Err(Failure::Differs) => ExitCode::from(3),
         Err(Failure::Code(code)) => ExitCode::from(code),
     }
+}
+
+/// Whether the reader of standard output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// A runtime for commands that talk to a daemon or to the kernel and end.

@@ -8,8 +8,8 @@ mod config;
 mod event;
 mod run;
 
-pub use config::{CniArgs, NetConf};
-pub use event::{PodEvent, PodIp};
+pub use config::{Attachment, CniArgs, NetConf};
+pub use event::{PodEvent, PodIp, ValidSandboxes};
 pub use run::main;
 
 use serde::Serialize;

@@ -24,7 +24,9 @@ pub fn start() -> Log {
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let (filter, handle) = reload::Layer::new(filter);
     let registry = tracing_subscriber::registry().with(filter);
-    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // no-color.org: set and not empty.
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let colour = std::io::stdout().is_terminal() && !no_colour;
     // A second subscriber in one process can only come from a test; the first one stays.
     let _ = if std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json") {
         registry

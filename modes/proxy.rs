@@ -113,8 +113,12 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     tracing::info!(deadline = ?config.drain, "draining");
     zds.abort();
     watch.abort();
-    core.shutdown(config.drain).await;
-    tracing::info!("drained");
+    tokio::select! {
+        () = core.shutdown(config.drain) => tracing::info!("drained"),
+        // Whoever asks twice does not want to wait.
+        _ = terminate.recv() => tracing::info!("asked again: connections are cut"),
+        _ = interrupt.recv() => tracing::info!("asked again: connections are cut"),
+    }
     drop(pages);
     Ok(())
 }

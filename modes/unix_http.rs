@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,6 +32,20 @@ pub enum RequestError {
     /// No answer in time.
     #[error("{0}: no answer within {1:?}")]
     Timeout(PathBuf, Duration),
+}
+
+impl RequestError {
+    /// Whether nobody listens at all.
+    pub fn is_nobody(&self) -> bool {
+        let kind = match self {
+            Self::Connect(_, error) => error.kind(),
+            _ => return false,
+        };
+        matches!(
+            kind,
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        )
+    }
 }
 
 /// Sends one request and returns status and body.
@@ -105,6 +120,17 @@ impl Answer {
     }
 }
 
+/// The one who made a request.
+#[derive(Debug, Clone)]
+pub struct Caller(Weak<()>);
+
+impl Caller {
+    /// Whether nobody waits for the answer any more.
+    pub fn has_left(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
 /// Listens on `path` for root only: the file is made with mode 0600 and every peer's credentials are checked. A stale
 /// socket file is removed first.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
@@ -120,10 +146,11 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves requests until the task is dropped. The handler gets method, path with query, and body.
+/// Serves requests until the task is dropped. The handler gets method, path with query, body, and who asks. It always
+/// runs to its end, also when the caller leaves: half of what it does may be worse than all of it.
 pub async fn serve<H, F>(listener: UnixListener, handler: H)
 where
-    H: Fn(Method, String, Vec<u8>) -> F + Clone + Send + 'static,
+    H: Fn(Method, String, Vec<u8>, Caller) -> F + Clone + Send + 'static,
     F: Future<Output = Answer> + Send + 'static,
 {
     loop {
@@ -157,8 +184,8 @@ async fn answer<H, F>(
     handler: H,
 ) -> Result<Response<Full<Bytes>>, http::Error>
 where
-    H: Fn(Method, String, Vec<u8>) -> F,
-    F: Future<Output = Answer>,
+    H: Fn(Method, String, Vec<u8>, Caller) -> F,
+    F: Future<Output = Answer> + Send + 'static,
 {
     let method = request.method().clone();
     let uri = request
@@ -169,7 +196,16 @@ where
         .collect()
         .await
     {
-        Ok(body) => handler(method, uri, body.to_bytes().to_vec()).await,
+        Ok(body) => {
+            // This function is dropped when the caller closes the connection, and this with it.
+            let waiting = Arc::new(());
+            let caller = Caller(Arc::downgrade(&waiting));
+            tokio::spawn(handler(method, uri, body.to_bytes().to_vec(), caller))
+                .await
+                .unwrap_or_else(|error| {
+                    Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n"))
+                })
+        }
         Err(error) => Answer::text(
             StatusCode::BAD_REQUEST,
             format!("the body cannot be read: {error}\n"),

@@ -2,7 +2,7 @@
 //!
 //! | request | answer |
 //! |---|---|
-//! | `GET /healthz` | 200 when a proxy is connected, has its snapshot, and the node's own objects stand; else 503 and why |
+//! | `GET /healthz` | 200 when a pod could be captured: a proxy has its snapshot, the node's own objects stand; else 503 and why |
 //! | `GET /v1/pods` | every pod of this node |
 //! | `GET /v1/plan?pod=P` or `?node` | the plans with their places |
 //! | `GET /v1/diff?pod=P` or `?node` | what the kernel lacks or has too much |
@@ -15,7 +15,7 @@ use host_net::plan::Plan;
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::Agent;
+use super::{Agent, NotFound};
 use crate::unix_http::Answer;
 
 /// One plan and where it is applied.
@@ -47,6 +47,15 @@ pub struct Undone {
     pub plans: Vec<String>,
     /// What could not be removed; empty when the kernel is as before.
     pub errors: Vec<String>,
+}
+
+impl Undone {
+    /// Both outcomes.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.plans.extend(other.plans);
+        self.errors.extend(other.errors);
+        self
+    }
 }
 
 /// Whom a request is about.
@@ -114,5 +123,12 @@ async fn about(agent: &Agent, method: &Method, path: &str, subject: &Subject) ->
             .map(|undone| Answer::json(&undone)),
         _ => return Answer::text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n"),
     };
-    outcome.unwrap_or_else(|error| Answer::text(StatusCode::NOT_FOUND, format!("{error:#}\n")))
+    outcome.unwrap_or_else(|error| {
+        let status = if error.is::<NotFound>() {
+            StatusCode::NOT_FOUND
+        } else {
+            StatusCode::INTERNAL_SERVER_ERROR
+        };
+        Answer::text(status, format!("{error:#}\n"))
+    })
 }

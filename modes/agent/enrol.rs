@@ -1,21 +1,28 @@
 //! Enrolling and unenrolling one pod.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use host_net::engine;
-use host_net::netlink::Netlink;
-use host_net::plan::{Family, Phase, Place, Plan};
-use inpod_redirect::zds::{self, Add, WorkloadInfo};
+use tokio::time::{Instant, timeout, timeout_at};
 
-use ipnet::IpNet;
+use super::admission::has_address;
+use super::plans::announcement;
+use super::{Agent, Pod, PodState, removal};
+use crate::unix_http::Caller;
 
-use super::api::Undone;
-use super::node::{MAIN_TABLE, has_ipv6};
-use super::{Agent, Pod, PodState};
-use crate::options::Capture;
+/// How long an enrolment may wait for the proxy and for other events of the pod: so much less than the plugin waits
+/// (5 s) that it hears what was wrong.
+const ENROL_WITHIN: Duration = Duration::from_millis(4500);
+/// How long the proxy may take to confirm that it serves a pod no more. It hears it in any case: if not by this, then by
+/// the next snapshot.
+const CONFIRM_WITHIN: Duration = Duration::from_secs(3);
+/// The same after a failed enrolment, whose time is nearly over.
+const CONFIRM_FAILED_WITHIN: Duration = Duration::from_millis(100);
+/// How long a deleted pod's connections may drain.
+const DEL_DRAIN: Duration = Duration::from_secs(5);
 
 /// Why a pod is not enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -23,11 +30,14 @@ pub enum EnrolError {
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),
-    /// There is no proxy that could serve it.
-    #[error(
-        "pod {0} cannot be enrolled yet: no proxy is ready on this node; it does not start uncaptured"
-    )]
-    NoProxy(String),
+    /// The node cannot capture a pod at the moment.
+    #[error("pod {pod} cannot be enrolled yet, and does not start uncaptured: {reason}")]
+    NotReady {
+        /// `namespace/name`.
+        pod: String,
+        /// What is missing.
+        reason: String,
+    },
     /// Something failed; what had been made was taken away again.
     #[error("pod {pod}: {error:#}")]
     Failed {
@@ -43,7 +53,7 @@ pub enum EnrolError {
 pub(super) struct Busy(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
 
 impl Busy {
-    async fn lock(&self, uid: &str) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(super) async fn lock(&self, uid: &str) -> tokio::sync::OwnedMutexGuard<()> {
         let lock = {
             let mut locks = self
                 .0
@@ -57,28 +67,33 @@ impl Busy {
 }
 
 impl Agent {
-    /// Enrols a pod: announcement and acknowledgement first, redirect last. On an error everything is taken back.
-    pub(super) async fn enrol(&self, pod: Pod) -> Result<(), EnrolError> {
-        let _alone = self.busy.lock(&pod.uid).await;
-        if self.ready().is_err() {
-            return Err(EnrolError::NoProxy(pod.qualified_name()));
-        }
+    /// Enrols a pod: announcement and acknowledgement first, redirect last. On an error everything is taken back; so it
+    /// is when the plugin gave up meanwhile, because the runtime takes the sandbox down then.
+    pub(super) async fn enrol(&self, pod: Pod, caller: &Caller) -> Result<(), EnrolError> {
+        let deadline = Instant::now() + ENROL_WITHIN;
         let name = pod.qualified_name();
-        if let Some(known) = self
-            .pods
-            .get(&pod.uid)
-            .filter(|known| known.netns_id != pod.netns_id)
-        {
-            tracing::info!(pod = name, "the pod has another network namespace now");
-            self.take_away(&known)
-                .await
-                .map_err(|error| EnrolError::Failed {
-                    pod: name.clone(),
-                    error,
-                })?;
+        let failed = |error| EnrolError::Failed {
+            pod: name.clone(),
+            error,
+        };
+        let _alone = timeout_at(deadline, self.busy.lock(&pod.uid))
+            .await
+            .map_err(|_| failed(anyhow!("another event of this pod is not finished")))?;
+        self.ready().map_err(|reason| EnrolError::NotReady {
+            pod: name.clone(),
+            reason: reason.to_string(),
+        })?;
+        let captured = Pod {
+            state: PodState::Captured,
+            ..pod.clone()
+        };
+        if self.pods.get(&pod.uid).as_ref() == Some(&captured) {
+            // A repetition. A capture that stands is not taken away because it cannot be confirmed.
+            return self.capture(&pod, deadline).await.map_err(failed);
         }
-        if let Err(error) = self.put_in_place(pod.clone()).await {
-            if let Err(left) = self.take_away(&pod).await {
+        self.make_room(&pod, deadline).await.map_err(failed)?;
+        if let Err(error) = self.put_in_place(pod.clone(), deadline, caller).await {
+            if let Err(left) = self.take_away(&pod, CONFIRM_FAILED_WITHIN).await {
                 tracing::error!(
                     pod = name,
                     error = format!("{left:#}"),
@@ -86,35 +101,120 @@ impl Agent {
                 );
             }
             tracing::error!(pod = name, error = format!("{error:#}"), "enrolment failed");
-            return Err(EnrolError::Failed { pod: name, error });
+            return Err(failed(error));
         }
         tracing::info!(pod = name, mode = %pod.mode, "pod is captured");
         Ok(())
     }
 
-    async fn put_in_place(&self, mut pod: Pod) -> anyhow::Result<()> {
+    /// Takes away what a pod that is gone left in the way of this one: the same UID in another namespace, another UID in
+    /// the same namespace, or its address. An address that a living pod has is an error.
+    async fn make_room(&self, pod: &Pod, deadline: Instant) -> anyhow::Result<()> {
+        for other in self.pods.all() {
+            let shared = other
+                .addresses
+                .iter()
+                .find(|address| pod.addresses.contains(address));
+            let replaced = match (other.uid == pod.uid, other.netns_id == pod.netns_id) {
+                (true, true) => continue,
+                (true, false) | (false, true) => true,
+                (false, false) => match shared {
+                    Some(address) => !still_has(&other, *address).await,
+                    None => continue,
+                },
+            };
+            if !replaced {
+                return Err(anyhow!(
+                    "pod {} ({}) has one of its addresses and is still there: `ambidex undo {}`",
+                    other.qualified_name(),
+                    other.uid,
+                    other.uid
+                ));
+            }
+            tracing::info!(
+                pod = other.qualified_name(),
+                uid = other.uid,
+                by = pod.uid,
+                "a pod was replaced without having been deleted"
+            );
+            let _alone = if other.uid == pod.uid {
+                None
+            } else {
+                let alone = timeout_at(deadline, self.busy.lock(&other.uid)).await;
+                Some(alone.map_err(|_| {
+                    anyhow!("pod {} is in the way and busy", other.qualified_name())
+                })?)
+            };
+            if self.pods.get(&other.uid).as_ref() == Some(&other) {
+                self.take_away(&other, CONFIRM_WITHIN).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn put_in_place(
+        &self,
+        mut pod: Pod,
+        deadline: Instant,
+        caller: &Caller,
+    ) -> anyhow::Result<()> {
+        // An undo of the node says so first and lists the pods then; so one of the two sees the other.
         self.pods.put(pod.clone())?;
-        self.announce(&pod).await?;
-        self.make_redirect(&pod).await?;
+        self.refuse_after_undo()?;
+        self.capture(&pod, deadline).await?;
+        if caller.has_left() {
+            return Err(anyhow!("the plugin gave up waiting"));
+        }
         pod.state = PodState::Captured;
         self.pods.put(pod)?;
         Ok(())
     }
 
-    /// Unenrols a pod: redirect first, then its listeners, whose connections drain.
-    pub(super) async fn unenrol(&self, pod: &Pod) -> anyhow::Result<()> {
-        let _alone = self.busy.lock(&pod.uid).await;
-        self.take_away(pod).await?;
+    async fn capture(&self, pod: &Pod, deadline: Instant) -> anyhow::Result<()> {
+        timeout_at(deadline, self.zds.add(announcement(pod)?))
+            .await
+            .map_err(|_| anyhow!("the proxy did not answer within {ENROL_WITHIN:?}"))?
+            .context("the proxy did not take it")?;
+        // Not cut short: what the kernel was told half of would have to be taken back while it is still being told.
+        self.make_redirect(pod).await
+    }
+
+    /// Unenrols the pod with this UID if it is (still) one that `unwanted` means: redirect first, then its listeners,
+    /// whose connections drain.
+    pub(super) async fn unenrol(
+        &self,
+        uid: &str,
+        unwanted: impl Fn(&Pod) -> bool,
+    ) -> anyhow::Result<()> {
+        let _alone = self.busy.lock(uid).await;
+        let Some(pod) = self.pods.get(uid).filter(unwanted) else {
+            return Ok(());
+        };
+        self.take_away(&pod, CONFIRM_WITHIN).await?;
         tracing::info!(pod = pod.qualified_name(), "pod is no longer captured");
         Ok(())
     }
 
-    async fn take_away(&self, pod: &Pod) -> anyhow::Result<()> {
-        let undone = self.undo_pod_plans(pod).await?;
-        self.zds
-            .del(&pod.uid, self.del_drain())
-            .await
-            .context("the proxy did not confirm the removal")?;
+    /// Takes a pod's redirect away and tells the proxy. A pod that could not be taken away whole stays on the list, as
+    /// leaving.
+    async fn take_away(&self, pod: &Pod, confirm_within: Duration) -> anyhow::Result<()> {
+        self.pods.put(Pod {
+            state: PodState::Leaving,
+            ..pod.clone()
+        })?;
+        let undone = removal::of_pod(pod, Some(&self.host), &self.journal).await;
+        match timeout(confirm_within, self.zds.del(&pod.uid, DEL_DRAIN)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(pod = pod.qualified_name(), %error, "the proxy did not confirm a removal");
+            }
+            Err(_) => {
+                tracing::warn!(
+                    pod = pod.qualified_name(),
+                    "the proxy did not confirm a removal within {confirm_within:?}"
+                );
+            }
+        }
         if !undone.errors.is_empty() {
             return Err(anyhow!(undone.errors.join("; ")));
         }
@@ -122,153 +222,19 @@ impl Agent {
         Ok(())
     }
 
-    async fn announce(&self, pod: &Pod) -> anyhow::Result<()> {
-        self.zds
-            .add(announcement(pod)?)
-            .await
-            .context("the proxy did not take it")
-    }
-
-    /// Makes the pods of an earlier agent known again. A pod whose namespace is gone was deleted meanwhile.
-    pub(super) async fn restore_pods(&self) {
-        for pod in self.pods.all() {
-            let outcome = match pod.open_netns() {
-                Ok(_) => announcement(&pod).and_then(|add| Ok(self.zds.register(add)?)),
-                Err(error) => {
-                    tracing::info!(pod = pod.qualified_name(), %error, "the pod was deleted while no agent ran");
-                    self.take_away(&pod).await
-                }
-            };
-            if let Err(error) = outcome {
-                tracing::error!(
-                    pod = pod.qualified_name(),
-                    error = format!("{error:#}"),
-                    "pod not restored"
-                );
-            }
-        }
-    }
-
-    /// Puts the redirects of the pods captured in this mode in place again: an earlier agent may have been killed half-way
-    /// through a change. A pod that was never acknowledged stays as it is: its sandbox was refused.
-    pub(super) async fn converge_pods(&self, mode: Capture) {
-        for pod in self.pods.all() {
-            if pod.mode != mode || pod.state != PodState::Captured {
-                continue;
-            }
-            let _alone = self.busy.lock(&pod.uid).await;
-            if let Err(error) = self.make_redirect(&pod).await {
-                tracing::error!(
-                    pod = pod.qualified_name(),
-                    error = format!("{error:#}"),
-                    "redirect not restored"
-                );
-            }
-        }
-    }
-
-    async fn make_redirect(&self, pod: &Pod) -> anyhow::Result<()> {
+    pub(super) async fn make_redirect(&self, pod: &Pod) -> anyhow::Result<()> {
         for (place, plan) in self.pod_plans(pod).await? {
             self.converge(&place, &plan).await?;
         }
         Ok(())
     }
-
-    /// The plans of a pod with their places, in the order of making.
-    pub(super) async fn pod_plans(&self, pod: &Pod) -> anyhow::Result<Vec<(Place, Plan)>> {
-        let address = pod
-            .ipv4()
-            .next()
-            .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
-        match pod.mode {
-            Capture::Node => {
-                let setup = self
-                    .node_setup()
-                    .ok_or_else(|| anyhow!("the node capture is not set up: no proxy yet"))?;
-                let netlink = Netlink::connect(&self.host).await?;
-                let facts = node_redirect::plan::PodFacts {
-                    uid: pod.uid.clone(),
-                    ip: address,
-                    veth: pod_veth(&netlink, address).await?,
-                    host_ip: setup.host_facts.host_ip,
-                    main_has_default_route: setup.host_facts.main_has_default_route,
-                    // The plugin's pods have no process yet, and so no connection.
-                    live: false,
-                    ipv6: setup.host_facts.ipv6,
-                };
-                Ok(vec![(
-                    self.host_place(),
-                    node_redirect::plan::pod(&facts, self.flow(), Phase::Active),
-                )])
-            }
-            Capture::Inpod => {
-                let netns = pod.open_netns()?;
-                let facts = inpod_redirect::plan::PodFacts {
-                    uid: pod.uid.clone(),
-                    ip: address,
-                    ipv6: has_ipv6(&netns),
-                };
-                let place = Place {
-                    label: format!("pod {}", pod.qualified_name()),
-                    netns,
-                };
-                Ok(vec![
-                    (self.host_place(), inpod_redirect::plan::host_pod(&facts)),
-                    (place, inpod_redirect::plan::pod(&facts, Phase::Active)),
-                ])
-            }
-        }
-    }
-
-    /// Takes away what the journal knows of a pod: in its namespace first, then on the host.
-    async fn undo_pod_plans(&self, pod: &Pod) -> anyhow::Result<Undone> {
-        let mut undone = Undone::default();
-        for name in [format!("pod-{}", pod.uid), format!("host-pod-{}", pod.uid)] {
-            let Some(record) = self.journal.load(&name)? else {
-                continue;
-            };
-            let netns = if record.netns == self.host.id() {
-                Some(self.host.clone())
-            } else {
-                pod.open_netns().ok()
-            };
-            let errors = engine::undo(&name, netns.as_ref(), &self.journal).await;
-            undone.errors.extend(errors.iter().map(ToString::to_string));
-            undone.plans.push(name);
-        }
-        Ok(undone)
-    }
 }
 
-fn announcement(pod: &Pod) -> anyhow::Result<Add> {
-    let (mode, netns) = match pod.mode {
-        Capture::Node => (zds::Mode::Node, None),
-        Capture::Inpod => (zds::Mode::Inpod, Some(pod.open_netns()?)),
-    };
-    Ok(Add {
-        uid: pod.uid.as_str().into(),
-        info: WorkloadInfo {
-            name: pod.name.clone(),
-            namespace: pod.namespace.clone(),
-            service_account: pod.service_account.clone(),
-        },
-        mode,
-        addresses: pod.addresses.clone(),
-        netns,
-    })
-}
-
-/// The device through which the node reaches a pod: the node's end of its veth. The tables of the node capture are not
-/// asked, because a captured pod's address leads into the tunnel there.
-async fn pod_veth(netlink: &Netlink, address: Ipv4Addr) -> anyhow::Result<String> {
-    let destination = IpNet::from(IpAddr::V4(address));
-    netlink
-        .routes(Family::V4)
-        .await?
-        .into_iter()
-        .find(|route| route.table == MAIN_TABLE && route.dst == destination)
-        .and_then(|route| route.route.map(|route| route.dev))
-        .ok_or_else(|| {
-            anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
-        })
+/// Whether a pod's namespace is there and has this address. One that cannot be asked counts as there: a capture is not
+/// taken away on a guess.
+async fn still_has(pod: &Pod, address: IpAddr) -> bool {
+    match pod.open_netns() {
+        Ok(netns) => has_address(&netns, address).await.unwrap_or(true),
+        Err(_) => false,
+    }
 }

@@ -1,6 +1,6 @@
 //! The node's own objects: those of the node capture, which need the proxy's namespace, and those of the in-pod capture.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use host_net::netlink::Netlink;
 use host_net::netns::Netns;
 use host_net::plan::{Family, OverlayKind, Place, Plan};
 use inpod_redirect::zds::NodeConfiguration;
-use inpod_redirect::zds::server::{ProxyConnected, ProxyEvent, ProxyHook};
+use inpod_redirect::zds::server::{ConnectionId, ProxyConnected, ProxyEvent, ProxyHook};
 use node_redirect::facts::{OVERLAY_OVERHEAD, OVERLAY_PORT, TUNNEL_IN, TUNNEL_OUT};
 use node_redirect::plan::{HostFacts, ProxyFacts};
 use tokio::sync::mpsc;
@@ -21,6 +21,8 @@ use crate::options::{Capture, NodeFlow, resolve_overlay};
 /// The node capture as it was set up for the connected proxy.
 #[derive(Debug, Clone)]
 pub(super) struct NodeSetup {
+    /// The proxy's connection.
+    pub(super) connection: ConnectionId,
     pub(super) proxy: Netns,
     pub(super) host_facts: HostFacts,
     pub(super) proxy_facts: ProxyFacts,
@@ -35,17 +37,7 @@ impl Agent {
     }
 
     pub(super) fn node_setup(&self) -> Option<NodeSetup> {
-        self.node
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
-    }
-
-    pub(super) fn forget_node_setup(&self) {
-        *self
-            .node
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        self.status().setup.clone()
     }
 
     pub(super) fn flow(&self) -> node_redirect::plan::Flow {
@@ -82,9 +74,11 @@ impl Agent {
     }
 
     /// The node capture's objects in the node's and in the proxy's namespace.
-    async fn set_up_node(&self, proxy: Netns) -> anyhow::Result<()> {
+    async fn set_up_node(&self, connection: ConnectionId, proxy: Netns) -> anyhow::Result<()> {
+        let _alone = self.setting_up.lock().await;
+        self.refuse_after_undo()?;
         let overlay = resolve_overlay(self.config.variant.overlay).await;
-        let setup = facts(&self.host, proxy, overlay).await?;
+        let setup = facts(&self.host, connection, proxy, overlay).await?;
         let proxy_place = Place {
             label: "proxy".to_owned(),
             netns: setup.proxy.clone(),
@@ -105,17 +99,19 @@ impl Agent {
             overlay = %overlay,
             "node capture is set up"
         );
-        *self
-            .node
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(setup);
+        self.status().setup = Some(setup);
         self.converge_pods(Capture::Node).await;
         Ok(())
     }
 }
 
 /// Finds out what the plans of the node capture are functions of.
-async fn facts(host: &Netns, proxy: Netns, overlay: OverlayKind) -> anyhow::Result<NodeSetup> {
+async fn facts(
+    host: &Netns,
+    connection: ConnectionId,
+    proxy: Netns,
+    overlay: OverlayKind,
+) -> anyhow::Result<NodeSetup> {
     let in_proxy = Netlink::connect(&proxy).await?;
     let on_host = Netlink::connect(host).await?;
     let own_address = |dev: &str, address: IpAddr| match address {
@@ -153,6 +149,7 @@ async fn facts(host: &Netns, proxy: Netns, overlay: OverlayKind) -> anyhow::Resu
     let main_routes = on_host.routes(Family::V4).await?;
     let mtu = link.mtu.saturating_sub(OVERLAY_OVERHEAD);
     Ok(NodeSetup {
+        connection,
         host_facts: HostFacts {
             proxy_ip,
             proxy_veth: route.dev,
@@ -192,27 +189,33 @@ pub(super) struct PrepareNode(pub(super) Arc<Agent>);
 
 impl ProxyHook for PrepareNode {
     async fn on_proxy(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
-        let agent = &self.0;
-        if !agent.config.mode.uses_node() {
+        let prepared = self.0.prepare(proxy).await;
+        // The proxy connects again and again; whoever asks what is missing hears of the last attempt.
+        self.0.status().obstacle = prepared.as_ref().err().cloned();
+        prepared
+    }
+}
+
+impl Agent {
+    async fn prepare(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
+        if !self.config.mode.uses_node() {
             return Ok(None);
         }
         let netns = proxy.proxy_netns.clone().ok_or(
             "this proxy does not speak the extension that node capture needs: use `ambidex proxy` or --mode inpod",
         )?;
-        agent
-            .set_up_node(netns)
-            .await
-            .map_err(|error| format!("{error:#}"))?;
-        Ok(Some(
-            agent
-                .node_configuration()
+        let configured = async {
+            self.set_up_node(proxy.id, netns)
                 .await
-                .map_err(|error| format!("{error:#}"))?,
-        ))
+                .context("setting up the node capture")?;
+            self.node_configuration().await
+        };
+        configured
+            .await
+            .map(Some)
+            .map_err(|error| format!("{error:#}"))
     }
-}
 
-impl Agent {
     async fn node_configuration(&self) -> anyhow::Result<NodeConfiguration> {
         let netlink = Netlink::connect(&self.host).await?;
         Ok(NodeConfiguration {
@@ -227,9 +230,11 @@ impl Agent {
         })
     }
 
-    /// Follows the connections of proxies: the agent is ready while one of them has its snapshot.
+    /// Follows the connections of proxies: the agent is ready while one of them has its snapshot. When the latest one
+    /// goes and an earlier one is still there, as in an upgrade that failed, the node capture leads to that one again.
     pub(super) async fn follow_proxies(&self, mut events: mpsc::UnboundedReceiver<ProxyEvent>) {
         let mut ready = BTreeSet::new();
+        let mut connected = BTreeMap::new();
         while let Some(event) = events.recv().await {
             match event {
                 ProxyEvent::Connected(proxy) => {
@@ -238,6 +243,7 @@ impl Agent {
                         extension = proxy.extension,
                         "proxy said hello"
                     );
+                    connected.insert(proxy.id, proxy.proxy_netns);
                 }
                 ProxyEvent::SnapshotSent { id } => {
                     ready.insert(id);
@@ -245,9 +251,29 @@ impl Agent {
                 ProxyEvent::Disconnected { id } => {
                     tracing::warn!(connection = id, "proxy disconnected");
                     ready.remove(&id);
+                    connected.remove(&id);
+                    self.fall_back(id, &connected).await;
                 }
             }
-            self.set_proxy_ready(!ready.is_empty());
+            self.status().proxy_ready = !ready.is_empty();
+        }
+    }
+
+    async fn fall_back(
+        &self,
+        gone: ConnectionId,
+        connected: &BTreeMap<ConnectionId, Option<Netns>>,
+    ) {
+        let served = |setup: &NodeSetup| setup.connection == gone;
+        if let Some((id, Some(netns))) = connected.last_key_value()
+            && self.node_setup().as_ref().is_some_and(served)
+            && let Err(error) = self.set_up_node(*id, netns.clone()).await
+        {
+            tracing::error!(
+                connection = id,
+                error = format!("{error:#}"),
+                "the node capture does not lead to the proxy that is left"
+            );
         }
     }
 }

@@ -1,24 +1,42 @@
-//! The pods that this node's agent is responsible for, kept on disk so that a restarted agent knows them.
+//! The pods that this node's agent is responsible for, kept on disk so that a restarted agent knows them: one file per
+//! pod, so that many pods at once do not wait for each other.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use host_net::journal::boot_id;
 use host_net::netns::{Netns, NetnsId};
 use serde::{Deserialize, Serialize};
 
 use crate::options::Capture;
 
+/// Suffix of a pod's file.
+const SUFFIX: &str = ".json";
+
 /// How far a pod's enrolment has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PodState {
-    /// Being enrolled, or its proxy has not acknowledged it.
+    /// Being enrolled. After a restart: its enrolment was never confirmed, so its sandbox does not start.
     Pending,
     /// Listeners stand and the redirect is in place.
     Captured,
+    /// Being unenrolled, or something could not be taken away yet.
+    Leaving,
+}
+
+impl std::fmt::Display for PodState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            PodState::Pending => "pending",
+            PodState::Captured => "captured",
+            PodState::Leaving => "leaving",
+        })
+    }
 }
 
 /// One pod.
@@ -77,30 +95,62 @@ impl Pod {
     }
 }
 
+/// A pod as its file has it.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    /// The kernel's boot identifier: no namespace survives a reboot, but its path and number may come again.
+    boot_id: String,
+    pod: Pod,
+}
+
+/// Why an operator's word names no pod.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotFound {
+    /// None has it.
+    #[error("no pod {0:?} is enrolled on this node: `ambidex get pods` lists those that are")]
+    Unknown(String),
+    /// Several have it.
+    #[error("{0:?} names several pods: {1}: give the UID")]
+    Ambiguous(String, String),
+}
+
 /// All pods, by UID.
 #[derive(Debug)]
 pub struct Pods {
-    file: PathBuf,
+    dir: PathBuf,
     pods: Mutex<BTreeMap<String, Pod>>,
 }
 
 impl Pods {
-    /// Reads what an earlier agent left in `state_dir`; a missing file is no pods.
+    /// Reads what an earlier agent left in `state_dir`. Pods of an earlier boot are forgotten.
     pub fn open(state_dir: &Path) -> io::Result<Self> {
-        std::fs::create_dir_all(state_dir)?;
-        let file = state_dir.join("pods.json");
-        let pods = match std::fs::read(&file) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|e| {
-                io::Error::other(format!(
-                    "{}: {e}: remove it to start without pods",
-                    file.display()
-                ))
-            })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(io::Error::other(format!("{}: {error}", file.display()))),
+        let dir = state_dir.join("pods");
+        let at = |path: &Path, error: &dyn std::fmt::Display| {
+            io::Error::other(format!("{}: {error}", path.display()))
         };
+        fs::create_dir_all(&dir).map_err(|e| at(&dir, &e))?;
+        let (mut pods, boot) = (BTreeMap::new(), boot_id());
+        for entry in fs::read_dir(&dir).map_err(|e| at(&dir, &e))? {
+            let path = entry.map_err(|e| at(&dir, &e))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if !name.is_some_and(|name| name.ends_with(SUFFIX) && !name.starts_with('.')) {
+                continue;
+            }
+            let text = fs::read(&path).map_err(|e| at(&path, &e))?;
+            let stored: Stored = serde_json::from_slice(&text).map_err(|e| {
+                at(
+                    &path,
+                    &format!("{e}: remove it to take this pod's capture away and start without it"),
+                )
+            })?;
+            if stored.boot_id == boot {
+                pods.insert(stored.pod.uid.clone(), stored.pod);
+            } else {
+                fs::remove_file(&path).map_err(|e| at(&path, &e))?;
+            }
+        }
         Ok(Self {
-            file,
+            dir,
             pods: Mutex::new(pods),
         })
     }
@@ -111,9 +161,11 @@ impl Pods {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Every pod.
+    /// Every pod, sorted by namespace and name.
     pub fn all(&self) -> Vec<Pod> {
-        self.lock().values().cloned().collect()
+        let mut pods: Vec<Pod> = self.lock().values().cloned().collect();
+        pods.sort_by(|a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
+        pods
     }
 
     /// The pod with this UID.
@@ -121,42 +173,61 @@ impl Pods {
         self.lock().get(uid).cloned()
     }
 
-    /// The pod that an operator means: `namespace/name`, a name that is unique on this node, or a UID.
-    pub fn find(&self, wanted: &str) -> Option<Pod> {
-        let pods = self.lock();
-        let mut matches = pods.values().filter(|pod| {
-            pod.uid == wanted || pod.qualified_name() == wanted || pod.name == wanted
-        });
-        let found = matches.next().cloned();
-        if matches.next().is_some() {
-            None
-        } else {
-            found
+    /// The pod that an operator means: by UID, else `namespace/name`, else a name that is unique on this node.
+    pub fn find(&self, wanted: &str) -> Result<Pod, NotFound> {
+        if let Some(pod) = self.get(wanted) {
+            return Ok(pod);
+        }
+        let pods = self.all();
+        let matches: Vec<&Pod> = pods
+            .iter()
+            .filter(|pod| pod.qualified_name() == wanted || pod.name == wanted)
+            .collect();
+        match matches[..] {
+            [] => Err(NotFound::Unknown(wanted.to_owned())),
+            [pod] => Ok(pod.clone()),
+            _ => {
+                let all: Vec<String> = matches
+                    .iter()
+                    .map(|pod| format!("{} ({})", pod.qualified_name(), pod.uid))
+                    .collect();
+                Err(NotFound::Ambiguous(wanted.to_owned(), all.join(", ")))
+            }
         }
     }
 
-    /// Adds or replaces a pod, on disk too.
+    /// Adds or replaces a pod, on disk first.
     pub fn put(&self, pod: Pod) -> io::Result<()> {
-        let mut pods = self.lock();
-        pods.insert(pod.uid.clone(), pod);
-        self.save(&pods)
+        let path = self.path(&pod.uid);
+        let aside = self.dir.join(format!(".{}.tmp", pod.uid));
+        let stored = Stored {
+            boot_id: boot_id(),
+            pod,
+        };
+        let text = serde_json::to_vec_pretty(&stored)?;
+        File::create(&aside)
+            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+            .and_then(|()| fs::rename(&aside, &path))
+            .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
+        self.lock().insert(stored.pod.uid.clone(), stored.pod);
+        Ok(())
     }
 
-    /// Removes a pod, on disk too.
+    /// Removes a pod, on disk first.
     pub fn remove(&self, uid: &str) -> io::Result<()> {
-        let mut pods = self.lock();
-        if pods.remove(uid).is_some() {
-            self.save(&pods)
-        } else {
-            Ok(())
+        let path = self.path(uid);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io::Error::other(format!("{}: {error}", path.display())));
+            }
+            _ => {}
         }
+        self.lock().remove(uid);
+        Ok(())
     }
 
-    fn save(&self, pods: &BTreeMap<String, Pod>) -> io::Result<()> {
-        let temporary = self.file.with_extension("json.tmp");
-        std::fs::write(&temporary, serde_json::to_vec_pretty(pods)?)
-            .and_then(|()| std::fs::rename(&temporary, &self.file))
-            .map_err(|error| io::Error::other(format!("{}: {error}", self.file.display())))
+    fn path(&self, uid: &str) -> PathBuf {
+        self.dir.join(format!("{uid}{SUFFIX}"))
     }
 }
 
@@ -183,29 +254,44 @@ mod tests {
     fn pods_survive_a_restart_and_are_found_by_every_name() {
         let directory = tempfile::tempdir().unwrap();
         let pods = Pods::open(directory.path()).unwrap();
-        pods.put(pod("u1", "a", "x")).unwrap();
         pods.put(pod("u2", "b", "x")).unwrap();
+        pods.put(pod("u1", "a", "x")).unwrap();
         let again = Pods::open(directory.path()).unwrap();
-        assert_eq!(again.all().len(), 2);
+        assert_eq!(again.all(), [pod("u1", "a", "x"), pod("u2", "b", "x")]);
         assert_eq!(again.find("b/x").unwrap().uid, "u2");
         assert_eq!(again.find("u1").unwrap().namespace, "a");
-        assert!(again.find("x").is_none(), "an ambiguous name is nobody's");
+        let ambiguous = again.find("x").unwrap_err().to_string();
+        assert!(ambiguous.contains("a/x (u1), b/x (u2)"), "{ambiguous}");
         again.remove("u1").unwrap();
-        assert_eq!(
-            Pods::open(directory.path()).unwrap().find("x").unwrap().uid,
-            "u2"
-        );
+        again.remove("u1").unwrap();
+        let rest = Pods::open(directory.path()).unwrap();
+        assert_eq!(rest.find("x").unwrap().uid, "u2");
+        assert_eq!(rest.find("u1"), Err(NotFound::Unknown("u1".to_owned())));
     }
 
     #[test]
-    fn a_damaged_file_is_reported_with_its_name() {
+    fn pods_of_an_earlier_boot_are_forgotten() {
         let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("pods.json"), "{").unwrap();
+        Pods::open(directory.path())
+            .unwrap()
+            .put(pod("u1", "a", "x"))
+            .unwrap();
+        let file = directory.path().join("pods/u1.json");
+        let text = fs::read_to_string(&file).unwrap();
+        fs::write(&file, text.replace(&boot_id(), "another")).unwrap();
+        assert!(Pods::open(directory.path()).unwrap().all().is_empty());
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn a_damaged_file_is_reported_with_its_name_and_a_way_out() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("pods")).unwrap();
+        fs::write(directory.path().join("pods/u7.json"), "{").unwrap();
+        let error = Pods::open(directory.path()).unwrap_err().to_string();
         assert!(
-            Pods::open(directory.path())
-                .unwrap_err()
-                .to_string()
-                .contains("pods.json")
+            error.contains("pods/u7.json") && error.contains("remove it"),
+            "{error}"
         );
     }
 

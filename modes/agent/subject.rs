@@ -1,29 +1,33 @@
 //! What an operator asks about a pod or the node: its plans, how the kernel differs from them, their removal.
 
 use anyhow::anyhow;
+use futures_util::StreamExt;
+use futures_util::stream;
 use host_net::engine;
+use host_net::netns::Netns;
 use host_net::plan::{Place, Plan};
 
 use super::api::{PlacedFindings, PlacedPlan, Subject, Undone};
-use super::{Agent, Pod};
+use super::{Agent, Pod, removal};
+
+/// Pods that are unenrolled at the same time.
+const AT_ONCE: usize = 8;
 
 impl Agent {
-    fn pod(&self, name: &str) -> anyhow::Result<Pod> {
-        self.pods.find(name).ok_or_else(|| {
-            anyhow!("no pod {name:?} is captured on this node (or the name is not unique): `ambidex get pods` lists them")
-        })
-    }
-
     /// The plans of a subject with their places, in the order of making.
     async fn placed(&self, subject: &Subject) -> anyhow::Result<Vec<(Place, Plan)>> {
         match subject {
-            Subject::Pod(name) => self.pod_plans(&self.pod(name)?).await,
+            Subject::Pod(name) => self.pod_plans(&self.pods.find(name)?).await,
             Subject::Node => {
+                self.refuse_after_undo()?;
                 let mut placed = Vec::new();
                 if self.config.mode.uses_inpod() {
                     placed.push((self.host_place(), inpod_redirect::plan::host()));
                 }
-                if let Some(setup) = self.node_setup() {
+                if self.config.mode.uses_node() {
+                    let setup = self.node_setup().ok_or_else(|| {
+                        anyhow!("the node capture is not set up: no proxy has connected since the agent started")
+                    })?;
                     let proxy = Place {
                         label: "proxy".to_owned(),
                         netns: setup.proxy.clone(),
@@ -77,27 +81,38 @@ impl Agent {
 
     /// Removes what was made for a subject. For the node that is everything, its pods' redirects first.
     pub(super) async fn undo(&self, subject: &Subject) -> anyhow::Result<Undone> {
+        match subject {
+            Subject::Pod(name) => Ok(self.undo_pod(&self.pods.find(name)?).await),
+            Subject::Node => Ok(self.undo_node().await),
+        }
+    }
+
+    async fn undo_pod(&self, pod: &Pod) -> Undone {
+        let name = format!("pod {}", pod.qualified_name());
         let mut undone = Undone::default();
-        let pods = match subject {
-            Subject::Pod(name) => vec![self.pod(name)?],
-            Subject::Node => self.pods.all(),
-        };
-        for pod in pods {
-            match self.unenrol(&pod).await {
-                Ok(()) => undone.plans.push(format!("pod {}", pod.qualified_name())),
-                Err(error) => undone
-                    .errors
-                    .push(format!("pod {}: {error:#}", pod.qualified_name())),
-            }
+        match self.unenrol(&pod.uid, |_| true).await {
+            Ok(()) => undone.plans.push(name),
+            Err(error) => undone.errors.push(format!("{name}: {error:#}")),
         }
-        if *subject == Subject::Node {
-            for (place, plan) in self.placed(subject).await?.into_iter().rev() {
-                let errors = engine::undo(&plan.name, Some(&place.netns), &self.journal).await;
-                undone.errors.extend(errors.iter().map(ToString::to_string));
-                undone.plans.push(plan.name);
-            }
-            self.forget_node_setup();
-        }
-        Ok(undone)
+        undone
+    }
+
+    async fn undo_node(&self) -> Undone {
+        // From here on no enrolment makes anything: it looks at this after it has put its pod on the list.
+        self.status().undone = true;
+        let pods = self.pods.all();
+        let undone = stream::iter(pods)
+            .map(|pod| async move { self.undo_pod(&pod).await })
+            .buffered(AT_ONCE)
+            .fold(Undone::default(), |all, one| async { all.and(one) })
+            .await;
+        let _alone = self.setting_up.lock().await;
+        let proxy = self.status().setup.take().map(|setup| setup.proxy);
+        let open: Vec<Netns> = std::iter::once(self.host.clone()).chain(proxy).collect();
+        // Not those of pods that could not be taken away: they are on the list, and tried again.
+        let rest = removal::of_records(&self.journal, &open, |name| {
+            removal::pod_of_record(name).is_none_or(|uid| self.pods.get(uid).is_none())
+        });
+        undone.and(rest.await)
     }
 }

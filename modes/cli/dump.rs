@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use host_net::netns::Netns;
 
+use super::output::print;
 use super::{Failure, block_on};
 
 #[derive(Debug, Args)]
@@ -23,10 +24,10 @@ pub(crate) fn run(args: DumpArgs) -> Result<(), Failure> {
         None => Netns::current()?,
     };
     let dump = block_on(host_net::dump::dump(&netns))??;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&dump)?);
+    print(&if args.json {
+        format!("{}\n", serde_json::to_string_pretty(&dump)?)
     } else {
-        print!("{dump}");
-    }
+        dump.to_string()
+    })?;
     Ok(())
 }

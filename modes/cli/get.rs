@@ -36,12 +36,11 @@ pub(crate) fn run(args: GetArgs) -> Result<(), Failure> {
                 .map(ToString::to_string)
                 .collect::<Vec<_>>()
                 .join(",");
-            let state = format!("{:?}", pod.state).to_lowercase();
             let mut row = vec![
                 pod.namespace.clone(),
                 pod.name.clone(),
                 pod.mode.to_string(),
-                state,
+                pod.state.to_string(),
                 addresses,
             ];
             if wide {

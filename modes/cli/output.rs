@@ -1,5 +1,7 @@
 //! Output formats, as kubectl has them.
 
+use std::io::{self, Write};
+
 use clap::{Args, ValueEnum};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -32,14 +34,29 @@ impl OutputArgs {
         value: &T,
         table: impl FnOnce(bool) -> Table,
     ) -> anyhow::Result<()> {
-        match self.output {
-            Format::Json => println!("{}", serde_json::to_string_pretty(value)?),
-            Format::Yaml => print!("{}", serde_saphyr::to_string(value)?),
-            Format::Table => println!("{}", table(false)),
-            Format::Wide => println!("{}", table(true)),
-        }
+        let text = match self.output {
+            Format::Json => format!("{}\n", serde_json::to_string_pretty(value)?),
+            Format::Yaml => serde_saphyr::to_string(value)?,
+            Format::Table => trimmed(&table(false)),
+            Format::Wide => trimmed(&table(true)),
+        };
+        print(&text)?;
         Ok(())
     }
+}
+
+/// Writes to standard output. Unlike `print!` it returns the error: a reader that has seen enough (`| head -1`) is no
+/// reason to panic.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// A table without the blanks that fill the last column.
+fn trimmed(table: &Table) -> String {
+    let lines = table.lines();
+    lines.fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
 /// An empty table in kubectl's look: no lines, upper-case header.

@@ -1,21 +1,24 @@
 //! `ambidex plan`, `diff` and `undo`: the kernel objects of a pod or of the node, wanted, compared, removed.
 
+use std::fmt::Write;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::Args;
 use host_net::commands::as_commands;
-use host_net::engine;
 use host_net::journal::Journal;
 
+use super::output::print;
 use super::{Failure, block_on};
 use crate::agent::api::{PlacedFindings, PlacedPlan, Subject, Undone};
+use crate::agent::{Pods, StateLock, removal};
+use crate::agent_client::{self, Life};
 use crate::run_dir::{RunDir, state_dir};
-use crate::{agent_client, unix_http};
 
 /// A pod or the node.
 #[derive(Debug, Args)]
 pub(crate) struct SubjectArgs {
-    /// Pod, as namespace/name
+    /// Pod: namespace/name, or its UID
     #[arg(required_unless_present = "node", conflicts_with = "node")]
     pod: Option<String>,
     /// The node's own objects
@@ -24,8 +27,17 @@ pub(crate) struct SubjectArgs {
 }
 
 impl SubjectArgs {
-    fn subject(&self) -> Subject {
-        self.pod.clone().map_or(Subject::Node, Subject::Pod)
+    fn subject(&self) -> anyhow::Result<Subject> {
+        let Some(pod) = self.pod.clone() else {
+            return Ok(Subject::Node);
+        };
+        // What a pod's name consists of, and what a query may consist of.
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
+        anyhow::ensure!(
+            pod.chars().all(allowed),
+            "{pod:?} is not the name of a pod: want NAMESPACE/NAME"
+        );
+        Ok(Subject::Pod(pod))
     }
 }
 
@@ -45,62 +57,67 @@ pub(crate) struct UndoArgs {
 }
 
 pub(crate) fn run_plan(args: PlanArgs) -> Result<(), Failure> {
-    let uri = format!("/v1/plan?{}", args.subject.subject().query());
+    let uri = format!("/v1/plan?{}", args.subject.subject()?.query());
     let placed: Vec<PlacedPlan> = block_on(agent_client::get(&uri))??;
     if !args.as_commands {
-        println!("{}", serde_json::to_string_pretty(&placed)?);
+        print(&format!("{}\n", serde_json::to_string_pretty(&placed)?))?;
         return Ok(());
     }
+    let mut out = String::new();
     for PlacedPlan { place, netns, plan } in placed {
         let path = netns.map_or_else(String::new, |path| format!(" ({})", path.display()));
-        println!(
-            "# {}: in the network namespace of the {place}{path}",
-            plan.name
+        let name = &plan.name;
+        let _ = writeln!(
+            out,
+            "# {name}: in the network namespace of the {place}{path}"
         );
         for command in as_commands(&plan) {
-            println!("{command}");
+            let _ = writeln!(out, "{command}");
         }
     }
+    print(&out)?;
     Ok(())
 }
 
 pub(crate) fn run_diff(args: SubjectArgs) -> Result<(), Failure> {
-    let uri = format!("/v1/diff?{}", args.subject().query());
+    let uri = format!("/v1/diff?{}", args.subject()?.query());
     let places: Vec<PlacedFindings> = block_on(agent_client::get(&uri))??;
-    let mut differs = false;
+    let mut out = String::new();
     for place in places {
         for finding in place.findings {
-            differs = true;
-            println!("{}: {}: {finding}", place.place, place.plan);
+            let _ = writeln!(out, "{}: {}: {finding}", place.place, place.plan);
         }
     }
-    if differs {
-        Err(Failure::Differs)
-    } else {
+    print(&out)?;
+    if out.is_empty() {
         Ok(())
+    } else {
+        Err(Failure::Differs)
     }
 }
 
 pub(crate) fn run_undo(args: UndoArgs) -> Result<(), Failure> {
-    let subject = args.subject.subject();
+    let subject = args.subject.subject()?;
     let undone = block_on(async {
-        let socket = RunDir::from_env().agent();
-        let ping = unix_http::request(
-            &socket,
-            http::Method::GET,
-            "/healthz",
-            Vec::new(),
-            Duration::from_secs(2),
-        )
-        .await;
-        match (ping, &subject) {
-            (Err(unix_http::RequestError::Connect(..)), Subject::Node) => undo_from_journal().await,
-            _ => agent_client::post(&format!("/v1/undo?{}", subject.query())).await,
+        match agent_client::life().await {
+            Life::Answers => agent_client::post(&format!("/v1/undo?{}", subject.query())).await,
+            Life::Nobody => undo_without_agent(&subject).await,
+            Life::Hung(error) => {
+                let agent = match agent_client::pid(&RunDir::from_env()).await {
+                    Some(pid) => format!("the agent (pid {pid}) does not answer"),
+                    None => "the agent does not answer".to_owned(),
+                };
+                Err(error.context(format!(
+                    "{agent}, and nothing is taken away behind its back: end it, then undo again"
+                )))
+            }
         }
     })??;
+    let mut out = String::new();
     for plan in &undone.plans {
-        println!("removed {plan}");
+        let _ = writeln!(out, "removed {plan}");
     }
+    print(&out)?;
     for error in &undone.errors {
         eprintln!("error: {error}");
     }
@@ -111,14 +128,16 @@ pub(crate) fn run_undo(args: UndoArgs) -> Result<(), Failure> {
     }
 }
 
-/// Undoes every plan in the journal without an agent: it may have been killed half-way through any of them.
-async fn undo_from_journal() -> anyhow::Result<Undone> {
-    let journal = Journal::open(state_dir().join("journal"))?;
-    let mut undone = Undone::default();
-    for name in journal.list()?.into_iter().rev() {
-        let errors = engine::undo(&name, None, &journal).await;
-        undone.errors.extend(errors.iter().map(ToString::to_string));
-        undone.plans.push(name);
-    }
-    Ok(undone)
+/// Undoes from the journal what an agent left that may have been killed half-way through anything. Pods that were not
+/// named stay captured.
+async fn undo_without_agent(subject: &Subject) -> anyhow::Result<Undone> {
+    let state_dir = state_dir();
+    let _lock = StateLock::take(&state_dir, Duration::ZERO)
+        .context("no agent answers, but its state is in use: try again")?;
+    let journal = Journal::open(state_dir.join("journal"))?;
+    let pods = Pods::open(&state_dir)?;
+    Ok(match subject {
+        Subject::Node => removal::node_without_agent(&journal, &pods).await,
+        Subject::Pod(name) => removal::pod_without_agent(&pods.find(name)?, &journal, &pods).await,
+    })
 }

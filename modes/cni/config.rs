@@ -27,9 +27,20 @@ pub struct NetConf {
     /// Namespaces whose pods are never captured.
     #[serde(default = "default_excluded_namespaces")]
     pub exclude_namespaces: Vec<String>,
+    /// With GC: the attachments that exist.
+    #[serde(rename = "cni.dev/valid-attachments")]
+    pub valid_attachments: Option<Vec<Attachment>>,
     /// Our own keys.
     #[serde(default)]
     pub ambidex: OwnKeys,
+}
+
+/// One attachment of a sandbox to the network.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Attachment {
+    /// The sandbox.
+    #[serde(rename = "containerID")]
+    pub container_id: String,
 }
 
 /// Identity of the pods of a runtime that passes no Kubernetes arguments.

@@ -1,6 +1,7 @@
 //! The event that the plugin sends to the agent, in the field's encoding: `POST /cmdadd` with a JSON object whose
 //! addresses are Go networks (IP as text, mask as base64 bytes). Keys of ours are added at the end.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use base64::Engine;
@@ -33,6 +34,14 @@ pub struct PodEvent {
     /// Container (sandbox) id of the attachment.
     #[serde(rename = "ContainerID", default)]
     pub container_id: String,
+}
+
+/// The sandboxes that a runtime knows, when it has garbage collected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ValidSandboxes {
+    /// Their container ids.
+    #[serde(rename = "ContainerIDs")]
+    pub container_ids: BTreeSet<String>,
 }
 
 /// One address of a pod.

@@ -6,14 +6,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{CniArgs, CniError, ErrorOutput, NetConf, PodEvent, SUPPORTED_VERSIONS};
+use super::{
+    CniArgs, CniError, ErrorOutput, NetConf, PodEvent, SUPPORTED_VERSIONS, ValidSandboxes,
+};
 use crate::run_dir::RunDir;
 use crate::unix_http;
 
-/// How long the agent may take for one pod. The field's plugin waits as long.
+/// How long the agent may take for one pod. The field's plugin waits as long; the agent knows and gives up before.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Far more than any network configuration, in bytes.
+const INPUT_LIMIT: u64 = 4 << 20;
 
 /// Environment of one invocation.
 #[derive(Debug)]
@@ -40,6 +45,7 @@ impl Invocation {
 pub fn main() -> ExitCode {
     let mut input = Vec::new();
     let outcome = std::io::stdin()
+        .take(INPUT_LIMIT)
         .read_to_end(&mut input)
         .map_err(|e| CniError::io(format!("standard input: {e}")))
         .and_then(|_| run(&Invocation::from_env(), &input));
@@ -92,8 +98,7 @@ fn run(invocation: &Invocation, input: &[u8]) -> Result<Option<Value>, CniError>
         "DEL" => delete(invocation, &NetConf::parse(input)?).map(|()| None),
         "CHECK" => check(invocation, &NetConf::parse(input)?).map(|()| None),
         "STATUS" => status(&NetConf::parse(input)?).map(|()| None),
-        // What an attachment left behind belongs to the agent's journal, which is reconciled at its start.
-        "GC" => NetConf::parse(input).map(|_| None),
+        "GC" => collect_garbage(&NetConf::parse(input)?).map(|()| None),
         "" => Err(CniError::invalid_environment(
             "CNI_COMMAND is not set: this program is run by a container runtime",
         )),
@@ -116,16 +121,37 @@ fn add(invocation: &Invocation, conf: &NetConf) -> Result<Value, CniError> {
         .unwrap_or_else(|| json!({ "cniVersion": conf.cni_version })))
 }
 
+/// Without an agent this is done: the runtime must be able to take the sandbox down, and the next agent finds out that
+/// the pod is gone.
 fn delete(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
-    match event(invocation, conf)? {
-        Some(event) => post(conf, "/cmddel", &event),
-        None => Ok(()),
+    let Some(event) = event(invocation, conf)? else {
+        return Ok(());
+    };
+    match post(conf, "/cmddel", &event) {
+        Err(Unanswered::Nobody(why)) => {
+            eprintln!("ambidex-cni: {why}; it will find the pod gone");
+            Ok(())
+        }
+        done => Ok(done?),
+    }
+}
+
+fn collect_garbage(conf: &NetConf) -> Result<(), CniError> {
+    match &conf.valid_attachments {
+        Some(attachments) if conf.ambient_enabled => {
+            let container_ids = attachments.iter().map(|a| a.container_id.clone());
+            let valid = ValidSandboxes {
+                container_ids: container_ids.collect(),
+            };
+            Ok(post(conf, "/cmdgc", &valid)?)
+        }
+        _ => Ok(()),
     }
 }
 
 fn check(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
     match event(invocation, conf)? {
-        Some(event) => post(conf, "/cmdcheck", &event),
+        Some(event) => Ok(post(conf, "/cmdcheck", &event)?),
         None => Ok(()),
     }
 }
@@ -180,14 +206,33 @@ fn event(invocation: &Invocation, conf: &NetConf) -> Result<Option<PodEvent>, Cn
     }))
 }
 
-fn post(conf: &NetConf, path: &str, event: &PodEvent) -> Result<(), CniError> {
-    let body = serde_json::to_vec(event).map_err(|e| CniError::internal(e.to_string()))?;
-    match exchange(conf, Method::POST, path, body)? {
-        (StatusCode::OK, _) => Ok(()),
-        (StatusCode::BAD_REQUEST, text) => Err(CniError::invalid_config(text)),
-        (StatusCode::SERVICE_UNAVAILABLE, text) => Err(CniError::try_again(text)),
-        (_, text) => Err(CniError::internal(text)),
+/// Why there is no answer of an agent, or not the wanted one.
+enum Unanswered {
+    /// Nobody listens on the agent's socket.
+    Nobody(String),
+    /// Anything else.
+    Error(CniError),
+}
+
+impl From<Unanswered> for CniError {
+    fn from(unanswered: Unanswered) -> Self {
+        match unanswered {
+            Unanswered::Nobody(why) => CniError::try_again(why),
+            Unanswered::Error(error) => error,
+        }
     }
+}
+
+fn post(conf: &NetConf, path: &str, event: &impl Serialize) -> Result<(), Unanswered> {
+    let body = serde_json::to_vec(event)
+        .map_err(|e| Unanswered::Error(CniError::internal(e.to_string())))?;
+    let (status, text) = exchange(conf, Method::POST, path, body)?;
+    Err(Unanswered::Error(match status {
+        StatusCode::OK => return Ok(()),
+        StatusCode::BAD_REQUEST => CniError::invalid_config(text),
+        StatusCode::SERVICE_UNAVAILABLE => CniError::try_again(text),
+        _ => CniError::internal(text),
+    }))
 }
 
 fn exchange(
@@ -195,22 +240,18 @@ fn exchange(
     method: Method,
     path: &str,
     body: Vec<u8>,
-) -> Result<(StatusCode, String), CniError> {
+) -> Result<(StatusCode, String), Unanswered> {
     let socket = RunDir::new(&conf.cni_agent_run_dir).plugin_events();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|e| CniError::internal(format!("cannot start: {e}")))?;
-    let (status, body) = runtime
-        .block_on(unix_http::request(
-            &socket,
-            method,
-            path,
-            body,
-            AGENT_TIMEOUT,
-        ))
-        .map_err(|e| CniError::try_again(e.to_string()))?;
-    Ok((status, String::from_utf8_lossy(&body).trim_end().to_owned()))
+        .map_err(|e| Unanswered::Error(CniError::internal(format!("cannot start: {e}"))))?;
+    let asked = unix_http::request(&socket, method, path, body, AGENT_TIMEOUT);
+    match runtime.block_on(asked) {
+        Ok((status, body)) => Ok((status, String::from_utf8_lossy(&body).trim_end().to_owned())),
+        Err(error) if error.is_nobody() => Err(Unanswered::Nobody(error.to_string())),
+        Err(error) => Err(Unanswered::Error(CniError::try_again(error.to_string()))),
+    }
 }
 
 #[cfg(test)]
@@ -256,6 +297,17 @@ mod tests {
         .unwrap_err();
         assert_eq!(error.code, 11);
         assert!(error.details.contains("pluginevent.sock"), "{error}");
+    }
+
+    #[test]
+    fn a_sandbox_can_be_taken_down_without_an_agent() {
+        let directory = tempfile::tempdir().unwrap();
+        let input = format!(
+            r#"{{"cniVersion":"1.0.0","ambient_enabled":true,"cni_agent_run_dir":{:?}}}"#,
+            directory.path().display().to_string()
+        );
+        let pod = invocation("DEL", "K8S_POD_NAME=a;K8S_POD_NAMESPACE=b");
+        assert_eq!(run(&pod, input.as_bytes()), Ok(None));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the agent's requests do in the proxy: scopes are attached to the core and detached from it.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use shared_proxy::capture::LocalWorkload;
 use shared_proxy::core::{Attached, Core};
 use shared_proxy::drain::Drain;
 use shared_proxy::identity::{Certificates, Identity};
-use shared_proxy::telemetry::{Readiness, ReadinessTask, Telemetry};
+use shared_proxy::telemetry::{ConnectionInfo, Readiness, ReadinessTask, Telemetry};
 
 use super::ProxyConfig;
 
@@ -84,11 +85,13 @@ impl Workloads {
     /// The section `workloadState` of the configuration dump.
     pub(super) fn state(&self) -> Value {
         let served = lock(&self.served);
+        let open = self.telemetry.connections();
         served
             .values()
             .map(|served| {
                 let state = json!({
                     "state": "Up",
+                    "connections": connections_of(&served.workload, &open),
                     "captureMode": if served.scope.is_some() { Mode::Inpod.as_str() } else { Mode::Node.as_str() },
                     "info": {
                         "name": &*served.workload.name,
@@ -116,12 +119,26 @@ impl Workloads {
             add.info.service_account.as_str(),
         )
         .map_err(|error| error.to_string())?;
+        let served = self.serve(workload, &identity, add.mode, add.netns).await;
+        if served.is_err() {
+            self.forget_unused(&identity);
+        }
+        served
+    }
+
+    async fn serve(
+        &self,
+        workload: LocalWorkload,
+        identity: &Identity,
+        mode: Mode,
+        netns: Option<Netns>,
+    ) -> Result<(), String> {
         // An acknowledgement promises that the pod's connections can be served: with its certificate.
-        tokio::time::timeout(CERTIFICATE_WITHIN, self.certificates.get(&identity))
+        tokio::time::timeout(CERTIFICATE_WITHIN, self.certificates.get(identity))
             .await
             .map_err(|_| format!("no certificate for {identity} within {CERTIFICATE_WITHIN:?}"))?
             .map_err(|error| error.to_string())?;
-        let scope = match (add.mode, add.netns) {
+        let scope = match (mode, netns) {
             (Mode::Inpod, Some(netns)) => {
                 let scope = InpodScope::new(netns, workload.clone(), &self.own_netns)
                     .map_err(|error| error.to_string())?;
@@ -145,15 +162,25 @@ impl Workloads {
             }
         };
         lock(&self.served).insert(
-            add.uid,
+            Arc::clone(&workload.uid),
             Served {
                 workload,
-                identity,
+                identity: identity.clone(),
                 scope,
             },
         );
         self.telemetry.workload_manager().proxy_started();
         Ok(())
+    }
+
+    /// Stops renewing the certificate of an identity that no served pod has.
+    fn forget_unused(&self, identity: &Identity) {
+        if !lock(&self.served)
+            .values()
+            .any(|served| served.identity == *identity)
+        {
+            self.certificates.forget(identity);
+        }
     }
 }
 
@@ -167,12 +194,7 @@ impl WorkloadHandler for Workloads {
             return;
         };
         self.telemetry.workload_manager().proxy_stopped();
-        if !lock(&self.served)
-            .values()
-            .any(|other| other.identity == served.identity)
-        {
-            self.certificates.forget(&served.identity);
-        }
+        self.forget_unused(&served.identity);
         match served.scope {
             Some(mut attached) => {
                 attached.stop_accepting().await;
@@ -214,8 +236,10 @@ impl WorkloadHandler for Workloads {
             },
         ));
         let previous = lock(&self.node).take();
-        if let Some(previous) = previous {
-            previous.attached.detach(Drain::within(self.drain)).await;
+        if let Some(mut previous) = previous {
+            // Its ports are wanted again; its connections may go on, and the agent does not wait for them.
+            previous.attached.stop_accepting().await;
+            tokio::spawn(previous.attached.detach(Drain::within(self.drain)));
         }
         for served in lock(&self.served)
             .values()
@@ -237,22 +261,10 @@ impl WorkloadHandler for Workloads {
     }
 
     fn connections(&self, uid: &str) -> u64 {
-        let served = lock(&self.served);
-        let Some(addresses) = served
+        let open = self.telemetry.connections();
+        lock(&self.served)
             .get(uid)
-            .map(|served| Arc::clone(&served.workload.addresses))
-        else {
-            return 0;
-        };
-        drop(served);
-        let of_pod = |address: std::net::SocketAddr| addresses.contains(&address.ip());
-        self.telemetry
-            .connections()
-            .iter()
-            .filter(|connection| {
-                of_pod(connection.source.addr) || of_pod(connection.destination.addr)
-            })
-            .count() as u64
+            .map_or(0, |served| connections_of(&served.workload, &open))
     }
 
     fn disconnected(&self) {
@@ -261,4 +273,13 @@ impl WorkloadHandler for Workloads {
             *not_ready = Some(self.readiness.register(MANAGER));
         }
     }
+}
+
+/// How many of the open connections a pod is one end of.
+fn connections_of(workload: &LocalWorkload, open: &[ConnectionInfo]) -> u64 {
+    let of_pod = |address: SocketAddr| workload.addresses.contains(&address.ip());
+    let of_pod = |connection: &&ConnectionInfo| {
+        of_pod(connection.source.addr) || of_pod(connection.destination.addr)
+    };
+    open.iter().filter(of_pod).count() as u64
 }

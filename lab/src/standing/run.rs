@@ -161,6 +161,10 @@ impl Lab {
         };
         let mut command = Command::new(program.as_ref());
         command.args(arguments.iter().map(AsRef::as_ref));
+        if let Some(directory) = self.spec().programs.ambidex.parent() {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{path}", directory.display()));
+        }
         match self.topology().target(target) {
             Some((_, _, Some(node))) => command.envs(self.environment(node)),
             _ => command.env(LAB_ENV, self.name()),

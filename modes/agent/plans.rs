@@ -1,0 +1,95 @@
+//! What a pod's capture consists of: the plans of its redirect, and what the proxy is told.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use anyhow::anyhow;
+use host_net::netlink::Netlink;
+use host_net::plan::{Family, Phase, Place, Plan};
+use inpod_redirect::zds::{self, Add, WorkloadInfo};
+use ipnet::IpNet;
+
+use super::node::{MAIN_TABLE, has_ipv6};
+use super::{Agent, Pod};
+use crate::options::Capture;
+
+impl Agent {
+    /// The plans of a pod with their places, in the order of making.
+    pub(super) async fn pod_plans(&self, pod: &Pod) -> anyhow::Result<Vec<(Place, Plan)>> {
+        let address = pod
+            .ipv4()
+            .next()
+            .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
+        match pod.mode {
+            Capture::Node => {
+                let setup = self
+                    .node_setup()
+                    .ok_or_else(|| anyhow!("the node capture is not set up: no proxy yet"))?;
+                let netlink = Netlink::connect(&self.host).await?;
+                let facts = node_redirect::plan::PodFacts {
+                    uid: pod.uid.clone(),
+                    ip: address,
+                    veth: pod_veth(&netlink, address).await?,
+                    host_ip: setup.host_facts.host_ip,
+                    main_has_default_route: setup.host_facts.main_has_default_route,
+                    // The plugin's pods have no process yet, and so no connection.
+                    live: false,
+                    ipv6: setup.host_facts.ipv6,
+                };
+                Ok(vec![(
+                    self.host_place(),
+                    node_redirect::plan::pod(&facts, self.flow(), Phase::Active),
+                )])
+            }
+            Capture::Inpod => {
+                let netns = pod.open_netns()?;
+                let facts = inpod_redirect::plan::PodFacts {
+                    uid: pod.uid.clone(),
+                    ip: address,
+                    ipv6: has_ipv6(&netns),
+                };
+                let place = Place {
+                    label: format!("pod {}", pod.qualified_name()),
+                    netns,
+                };
+                Ok(vec![
+                    (self.host_place(), inpod_redirect::plan::host_pod(&facts)),
+                    (place, inpod_redirect::plan::pod(&facts, Phase::Active)),
+                ])
+            }
+        }
+    }
+}
+
+/// What the proxy is told about a pod.
+pub(super) fn announcement(pod: &Pod) -> anyhow::Result<Add> {
+    let (mode, netns) = match pod.mode {
+        Capture::Node => (zds::Mode::Node, None),
+        Capture::Inpod => (zds::Mode::Inpod, Some(pod.open_netns()?)),
+    };
+    Ok(Add {
+        uid: pod.uid.as_str().into(),
+        info: WorkloadInfo {
+            name: pod.name.clone(),
+            namespace: pod.namespace.clone(),
+            service_account: pod.service_account.clone(),
+        },
+        mode,
+        addresses: pod.addresses.clone(),
+        netns,
+    })
+}
+
+/// The device through which the node reaches a pod: the node's end of its veth. The tables of the node capture are not
+/// asked, because a captured pod's address leads into the tunnel there.
+async fn pod_veth(netlink: &Netlink, address: Ipv4Addr) -> anyhow::Result<String> {
+    let destination = IpNet::from(IpAddr::V4(address));
+    netlink
+        .routes(Family::V4)
+        .await?
+        .into_iter()
+        .find(|route| route.table == MAIN_TABLE && route.dst == destination)
+        .and_then(|route| route.route.map(|route| route.dev))
+        .ok_or_else(|| {
+            anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
+        })
+}
