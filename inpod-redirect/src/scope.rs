@@ -6,7 +6,6 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
 
 use host_net::netns::Netns;
 use shared_proxy::capture::{
@@ -14,7 +13,7 @@ use shared_proxy::capture::{
     OnBehalfOf, OrigDstAddr, Refusal, Role, Scope, ScopeId,
 };
 use shared_proxy::ports::{self, SourcePorts};
-use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::net::TcpSocket;
 
 use crate::facts::MARK_PROXY;
@@ -24,10 +23,6 @@ pub const CAPTURE_MODE: &str = "inpod";
 
 /// Connections that wait to be accepted. The kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
-/// Keepalive: an idle connection is probed after this.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_RETRIES: u32 = 4;
 
 /// Why a pod cannot have a scope.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,7 +91,7 @@ impl InpodScope {
         Listener::new(role, TcpListener::from(socket))
     }
 
-    /// A socket with the options that all have; on a listener they are inherited by what it accepts.
+    /// A socket with the mark of the proxy's own; on a listener it is inherited by what it accepts.
     fn socket_in_pod(&self, domain: Domain) -> io::Result<Socket> {
         let socket = self.netns.run(|| {
             Socket::new(
@@ -106,13 +101,6 @@ impl InpodScope {
             )
         })??;
         socket.set_mark(MARK_PROXY.value)?;
-        socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                .with_time(KEEPALIVE_IDLE)
-                .with_interval(KEEPALIVE_INTERVAL)
-                .with_retries(KEEPALIVE_RETRIES),
-        )?;
         Ok(socket)
     }
 }

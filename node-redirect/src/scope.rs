@@ -10,7 +10,6 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
 
 use host_net::netns::Netns;
 use host_net::plan::MarkMatch;
@@ -19,7 +18,7 @@ use shared_proxy::capture::{
     OnBehalfOf, OrigDstAddr, Refusal, Role, SAME_NODE_HBONE_PORT, Scope, ScopeId,
 };
 use shared_proxy::ports::{self, SourcePorts};
-use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::net::TcpSocket;
 
 use crate::facts::{
@@ -32,11 +31,6 @@ pub const CAPTURE_MODE: &str = "node";
 
 /// Connections that wait to be accepted. The kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
-/// Keepalive: an idle connection is probed after this, because what leads its packets to the proxy is the node's
-/// conntrack entry, and a dead peer must not hold it.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_RETRIES: u32 = 4;
 
 /// What becomes of a connection between two captured pods of this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -194,7 +188,6 @@ impl NodeScope {
 
     fn listener(&self, role: Role, port: u16, mark: Option<MarkMatch>) -> io::Result<Listener> {
         let socket = self.netns.run(|| tcp_socket(Domain::IPV4))??;
-        prepare(&socket)?;
         socket.set_reuse_address(true)?;
         socket.set_ip_transparent_v4(true)?;
         if let Some(mark) = mark {
@@ -252,7 +245,6 @@ impl Scope for NodeScope {
     fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
         let (OnBehalfOf::LocalWorkload(source) | OnBehalfOf::RemoteClient(source)) = who;
         let socket = self.netns.run(|| tcp_socket(Domain::for_address(to)))??;
-        prepare(&socket)?;
         let loops = self.loops(to, who);
         if loops {
             socket.set_mark(MARK_SAME_NODE.value)?;
@@ -286,17 +278,6 @@ fn tcp_socket(domain: Domain) -> io::Result<Socket> {
         domain,
         Type::STREAM.nonblocking().cloexec(),
         Some(Protocol::TCP),
-    )
-}
-
-/// Options of every socket. On a listener they are inherited by what it accepts, which saves calls per connection.
-fn prepare(socket: &Socket) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(
-        &TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_INTERVAL)
-            .with_retries(KEEPALIVE_RETRIES),
     )
 }
 

@@ -91,7 +91,6 @@ async fn listeners_carry_the_mark_that_leads_answers_back(
     for listener in &listeners {
         let socket = listener.as_socket();
         assert!(socket.ip_transparent_v4().unwrap());
-        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
         found.push((listener.port(), socket.mark().unwrap()));
     }
     assert_eq!(found, expected);
