@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::{eventually, own, shared};
+use lab::bench::proof::counters;
 use lab::topology::{SERVICE_PORT, SERVICE_VIP, SameNode};
 use lab::traffic::Check;
 use rstest::rstest;
@@ -269,6 +270,42 @@ fn on_the_wire_between_nodes(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: V
         [scene.ip("pod1-1"), scene.ip("pod1-3")],
         "one wire connection per pod"
     );
+}
+
+/// What goes through the overlay is what tells the two flows of the node capture apart.
+#[rstest]
+#[case::hybrid_only_first_packets(NodeHybrid, 0.0..0.01)]
+#[case::tunnel_everything(NodeTunnel, 0.95..2.0)]
+#[case::inpod_nothing(Inpod, 0.0..0.0)]
+fn share_of_the_overlay(#[case] variant: Variant, #[case] share: std::ops::Range<f64>) {
+    const BYTES: u64 = 4 << 20;
+    let scene = own(&variant.spec());
+    let passed = |target: &str, device: &str| {
+        let counters = counters(&scene.lab.netns(target).unwrap(), device).unwrap();
+        [counters.tx_bytes as f64, counters.rx_bytes as f64]
+    };
+    // The client's leg on its node, the tunnel's on the server's; both directions of both.
+    let devices = [("node1", "istioout"), ("node2", "istioin")];
+    let before = devices.map(|(node, device)| passed(node, device));
+    scene.check(
+        "pod1-1",
+        scene.at("pod2-1"),
+        Check::Exchange {
+            up: BYTES,
+            down: BYTES,
+        },
+    );
+    let after = devices.map(|(node, device)| passed(node, device));
+    for ((device, before), after) in devices.iter().zip(&before).zip(&after) {
+        for (direction, (before, after)) in before.iter().zip(after).enumerate() {
+            let found = (after - before) / BYTES as f64;
+            let fits = share.contains(&found) || found == share.start;
+            assert!(fits, "{device:?}, direction {direction}: {found}");
+        }
+    }
+    if variant == NodeHybrid {
+        assert!(after[0][0] > before[0][0], "not even the first packet");
+    }
 }
 
 /// Two pods of a node: TLS too, on the device on which the capture has it.
