@@ -9,6 +9,7 @@ use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::state::apply_to;
 use harness::{eventually, shared};
 use lab::topology::APPLICATION_PORT;
+use lab::traffic::{Check, Saw};
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -128,6 +129,42 @@ fn denied_by_policy(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant, #
             denials(&scene) > before
         });
     }
+}
+
+/// A policy is for connections that are open already, too: those that it denies end, the others do not notice.
+#[rstest]
+fn denied_while_open(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = shared(variant);
+    let to = scene.at(GUARDED);
+    let open = |from: &'static str| {
+        let check = Check::OneByteWrites {
+            count: 2000,
+            pause_ms: 8000,
+        };
+        let scene = &scene;
+        move || scene.attempt(from, to, check, Duration::from_secs(40))
+    };
+    std::thread::scope(|scope| {
+        let [tunnelled, plain] = ["pod1-1", "plain1"].map(|from| scope.spawn(open(from)));
+        let allowed = scope.spawn(open("pod2-2"));
+        let connections = |count: f64| {
+            eventually("three connections are open", Duration::from_secs(5), || {
+                let labels = [("reporter", "destination")];
+                scene.metric(2, "istio_tcp_sockets_open", &labels) >= count
+            });
+        };
+        connections(3.0);
+        let rules = (PRINCIPAL.rules)(&scene);
+        let changed = scene.with_state(|state| apply_to(state, GUARDED, PRINCIPAL.action, rules));
+        for denied in [tunnelled, plain] {
+            let outcome = denied.join().unwrap();
+            assert_eq!(outcome.saw, Some(Saw::Reset), "{outcome:#?}");
+            assert!(outcome.millis < 8000, "it ended by itself: {outcome:#?}");
+        }
+        let outcome = allowed.join().unwrap();
+        assert!(outcome.ok, "{outcome:#?}");
+        drop(changed);
+    });
 }
 
 /// The kubelet has no identity and is not asked for one.

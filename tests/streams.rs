@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
-use harness::shared;
+use harness::{own, shared};
 use lab::topology::{SERVICE_PORT, SERVICE_VIP};
 use lab::traffic::{Check, Saw};
 use rstest::rstest;
@@ -118,5 +118,64 @@ fn slow_reader_of_single_bytes(
         scope.spawn(|| scene.check(from, scene.at(to), slow));
         std::thread::sleep(std::time::Duration::from_millis(300));
         scene.check(from, scene.at(to), beside);
+    });
+}
+
+/// A link between the nodes that is narrower than the pods think: the kernel's "packet too big" must reach whoever sends,
+/// although he speaks with somebody else's address.
+#[rstest]
+fn narrow_link_between_nodes(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = own(&variant.spec());
+    for node in ["node1", "node2"] {
+        let argv = ["ip", "link", "set", "eth0", "mtu", "1400"];
+        let done = scene
+            .lab
+            .run(node, &argv, std::time::Duration::from_secs(10));
+        done.unwrap().success("ip link set mtu").unwrap();
+    }
+    let paths = [
+        ("pod1-1", "pod2-1"),
+        ("pod2-1", "pod1-1"),
+        ("plain1", "pod2-1"),
+        ("pod1-1", "plain2"),
+    ];
+    for (from, to) in paths {
+        let check = Check::Exchange {
+            up: 1_000_000,
+            down: 1_000_000,
+        };
+        scene.check(from, scene.at(to), check);
+    }
+}
+
+/// Connections outlive what the nodes remember of them.
+#[rstest]
+#[case::tunnel(TUNNEL)]
+#[case::within_node(WITHIN_NODE)]
+#[case::inbound_plaintext(INBOUND_PLAINTEXT)]
+#[case::outbound_plaintext(OUTBOUND_PLAINTEXT)]
+fn flushed_connection_tracking(
+    #[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant,
+    #[case] (from, to): (&str, &str),
+) {
+    let scene = own(&variant.spec());
+    std::thread::scope(|scope| {
+        // The server begins to read after the flushes, so there is something left to do both ways.
+        let check = Check::OneByteWrites {
+            count: 2000,
+            pause_ms: 1500,
+        };
+        let through = scope.spawn(|| scene.check(from, scene.at(to), check));
+        for _ in 0..3 {
+            std::thread::sleep(std::time::Duration::from_millis(400));
+            for node in ["node1", "node2"] {
+                let argv = ["conntrack", "-F"];
+                let done = scene
+                    .lab
+                    .run(node, &argv, std::time::Duration::from_secs(10));
+                done.unwrap().success("conntrack -F").unwrap();
+            }
+            assert!(!through.is_finished(), "over before it began");
+        }
     });
 }
