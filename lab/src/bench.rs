@@ -2,17 +2,22 @@
 //! captured packets and device counters, of the path that the bytes took.
 //!
 //! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`load`] makes the traffic with iperf3 and wrk,
-//! [`accounting`] reads CPU time, [`proof`] judges captured packets ([`pcap`], [`tls_records`]), [`statistics`] and
-//! [`report`] turn samples into a table.
+//! [`accounting`] reads CPU time and [`counters`] devices, [`proof`] judges captured packets ([`tap`], [`pcap`],
+//! [`tls_records`]), [`report`] keeps every sample, [`statistics`] and [`table`] print them.
 
 pub mod accounting;
 pub mod case;
+pub mod counters;
+pub mod environment;
+pub mod interrupt;
 pub mod load;
 pub mod pcap;
 pub mod proof;
 pub mod report;
 pub mod run;
 pub mod statistics;
+pub mod table;
+pub mod tap;
 pub mod tls_records;
 pub mod variant;
 

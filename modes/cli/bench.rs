@@ -4,11 +4,15 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lab::bench::case::Case;
-use lab::bench::{BenchSpec, Variant};
+use lab::bench::interrupt::{self, Interrupted};
+use lab::bench::{BenchSpec, Variant, report, table};
 use lab::topology::{Mode, Overlay, Programs};
 
 use super::{Failure, block_on};
 use crate::options::require_overlay;
+
+/// Exit code of a program that SIGINT ended, as a shell gives it.
+const INTERRUPTED: u8 = 130;
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -33,6 +37,9 @@ pub(crate) struct BenchArgs {
     /// Overlay of the node capture
     #[arg(long, value_enum, default_value_t = Overlay::Auto)]
     overlay: Overlay,
+    /// Print every statement of the proofs
+    #[arg(short, long)]
+    verbose: bool,
 }
 
 pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
@@ -42,42 +49,70 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         (6, 5, Case::all())
     };
     let spec = BenchSpec {
-        variants: if args.variants.is_empty() {
-            Variant::ALL.to_vec()
-        } else {
-            args.variants
-        },
-        cases: if args.cases.is_empty() {
-            cases
-        } else {
-            args.cases
-        },
+        variants: once(args.variants, Variant::ALL.to_vec()),
+        cases: once(args.cases, cases),
         rounds: args.rounds.unwrap_or(rounds),
         seconds: args.seconds.unwrap_or(seconds),
         overlay: args.overlay,
         programs: Programs::of_this_process()?,
         out: args.out,
+        build: build(),
     };
-    let captured_by_node =
-        |variant: &Variant| matches!(variant, Variant::NodeHybrid | Variant::NodeTunnel);
-    if spec.variants.iter().any(captured_by_node) {
+    if spec.variants.iter().any(|variant| variant.is_node()) {
         block_on(require_overlay(Mode::Node, spec.overlay))??;
     }
-    let report = lab::bench::run(&spec, &|line| eprintln!("{line}"))?;
-    for proof in &report.proofs {
-        print!("{proof}");
+    if cfg!(debug_assertions) {
+        eprintln!(
+            "warning: this is a debug build, its numbers say nothing (`make bench` builds a release)"
+        );
+    }
+    interrupt::listen(|| eprintln!("interrupted: removing the labs"))?;
+    let results = spec.out.join(report::RESULTS);
+    let report = match lab::bench::run(&spec, &|line| eprintln!("{line}")) {
+        Ok(report) => report,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("what was measured until then: {}", results.display());
+            return Err(Failure::Code(INTERRUPTED));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if args.verbose {
+        for proof in &report.proofs {
+            print!("{proof}");
+        }
+    } else {
+        println!("{}", table::proofs(&report.proofs));
     }
     println!();
-    println!("{}", report.table());
+    println!("{}", table::results(&report));
     println!();
-    let overlay = report.overlay.as_deref().unwrap_or("none");
-    println!(
-        "overlay: {overlay}; {} rounds of {} s, interleaved; medians; {:.0} s in all",
-        report.rounds, report.seconds_per_sample, report.seconds_taken
-    );
-    println!(
-        "every sample: {}",
-        spec.out.join(lab::bench::report::RESULTS).display()
-    );
+    println!("{}", table::conditions(&report));
+    println!("every sample: {}", results.display());
     Ok(())
+}
+
+/// What was asked for without repetitions, or `all` when nothing was.
+fn once<T: PartialEq>(asked: Vec<T>, all: Vec<T>) -> Vec<T> {
+    let mut chosen = Vec::new();
+    for item in if asked.is_empty() { all } else { asked } {
+        if !chosen.contains(&item) {
+            chosen.push(item);
+        }
+    }
+    chosen
+}
+
+fn build() -> String {
+    let profile = if cfg!(debug_assertions) {
+        "debug"
+    } else {
+        "release"
+    };
+    // With both features, aws-lc is used.
+    let tls = if cfg!(feature = "tls-aws-lc") {
+        "tls-aws-lc"
+    } else {
+        "tls-ring"
+    };
+    format!("{} {profile} {tls}", env!("CARGO_PKG_VERSION"))
 }

@@ -54,6 +54,19 @@ pub fn machine() -> io::Result<Cpu> {
         .ok_or_else(|| io::Error::other("/proc/stat has no line that begins with \"cpu \""))
 }
 
+/// Time since boot, in seconds over all processors, in which the hypervisor ran somebody else although there was work here
+/// (proc(5), /proc/stat, field `steal`).
+pub fn stolen() -> io::Result<f64> {
+    parse_stolen(&std::fs::read_to_string("/proc/stat")?)
+        .ok_or_else(|| io::Error::other("/proc/stat has no field for stolen time"))
+}
+
+fn parse_stolen(text: &str) -> Option<f64> {
+    let line = text.lines().find(|line| line.starts_with("cpu "))?;
+    let ticks: f64 = line.split_ascii_whitespace().nth(8)?.parse().ok()?;
+    Some(ticks / ticks_per_second())
+}
+
 fn parse_machine(text: &str) -> Option<Cpu> {
     let line = text.lines().find(|line| line.starts_with("cpu "))?;
     let ticks: Vec<f64> = line
@@ -102,6 +115,10 @@ mod tests {
     fn proc_is_understood() {
         let machine =
             parse_machine("cpu  100 50 30 9999 9 7 13 0 0 0\ncpu0 1 1 1 1 1 1 1\n").unwrap();
+        assert_eq!(
+            parse_stolen("cpu  1 2 3 4 5 6 7 80 0 0\n"),
+            Some(80.0 / ticks_per_second())
+        );
         let second = ticks_per_second();
         assert_eq!(
             (machine.user, machine.system, machine.interrupts),

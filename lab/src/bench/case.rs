@@ -38,8 +38,7 @@ impl fmt::Display for Path {
 pub const CLIENT: &str = "pod1-1";
 
 /// A kind of load.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Load {
     /// One TCP stream from client to server (iperf3).
     Bulk,
@@ -57,8 +56,8 @@ impl Load {
     pub fn unit(self) -> &'static str {
         match self {
             Self::Bulk => "Gbit/s",
-            Self::KeepAlive => "requests/s",
-            Self::NewConnections => "connections/s",
+            Self::KeepAlive => "req/s",
+            Self::NewConnections => "conn/s",
         }
     }
 
@@ -66,8 +65,24 @@ impl Load {
     pub fn work_unit(self) -> &'static str {
         match self {
             Self::Bulk => "GB",
-            Self::KeepAlive => "1,000 requests",
-            Self::NewConnections => "1,000 connections",
+            Self::KeepAlive => "1,000 req",
+            Self::NewConnections => "1,000 conn",
+        }
+    }
+
+    /// How many bytes or operations that is.
+    pub fn work_unit_size(self) -> f64 {
+        match self {
+            Self::Bulk => 1e9,
+            Self::KeepAlive | Self::NewConnections => 1e3,
+        }
+    }
+
+    /// A result with as many digits as mean something.
+    pub fn show(self, value: f64) -> String {
+        match self {
+            Self::Bulk => format!("{value:.2}"),
+            Self::KeepAlive | Self::NewConnections => format!("{value:.0}"),
         }
     }
 }
@@ -82,8 +97,9 @@ impl fmt::Display for Load {
     }
 }
 
-/// A load on a path.
+/// A load on a path. In JSON the same word as on the command line: `cross-node/bulk`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Case {
     /// Where.
     pub path: Path,
@@ -112,6 +128,20 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&format!("{}/{}", self.path, self.load))
+    }
+}
+
+impl From<Case> for String {
+    fn from(case: Case) -> Self {
+        case.to_string()
+    }
+}
+
+impl TryFrom<String> for Case {
+    type Error = String;
+
+    fn try_from(word: String) -> Result<Self, String> {
+        word.parse()
     }
 }
 

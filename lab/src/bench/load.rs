@@ -1,9 +1,11 @@
 //! Traffic from tools that everybody knows: iperf3 for bulk streams, wrk against nginx for requests.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -11,12 +13,17 @@ use host_net::netns::Netns;
 use serde_json::Value;
 
 use super::case::Load;
+use super::interrupt;
 use crate::topology::APPLICATION_PORT;
 
 /// Port of the iperf3 server.
 pub const BULK_PORT: u16 = 5201;
 /// Time that a tool may take beyond the duration that it was asked for.
 const GRACE: Duration = Duration::from_secs(15);
+/// Time that a process may take to end when asked to.
+const ENDS_WITHIN: Duration = Duration::from_secs(3);
+/// Time between two looks at a process: the bench itself should use no CPU to speak of.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// What one run of a tool found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,118 +44,116 @@ pub struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        // Asked first: nginx ends its workers, which would stay if it was killed.
+        if self.end().is_err() {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 }
 
 impl Running {
+    /// Guards a process.
+    pub fn new(child: Child) -> Self {
+        Self(child)
+    }
+
     /// Starts a program in a namespace, with its output thrown away.
     pub fn start(netns: &Netns, program: &str, arguments: &[&str]) -> Result<Self> {
-        spawn(netns, program, arguments, Stdio::null()).map(Self)
+        spawn(netns, program, arguments, Stdio::null, Stdio::null).map(Self)
     }
 
-    /// Starts a program that writes a line to standard error when it is ready, and waits for that line.
-    pub fn start_until_it_says(
-        netns: &Netns,
-        program: &str,
-        arguments: &[&str],
-        says: &str,
-    ) -> Result<Self> {
-        let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        let mut child = netns
-            .run(|| command.spawn())?
-            .with_context(|| format!("cannot start {program}"))?;
-        let mut stderr = child.stderr.take().context("no standard error")?;
-        let mut said = Vec::new();
-        let mut byte = [0];
-        while stderr.read(&mut byte)? == 1 {
-            said.push(byte[0]);
-            if said.ends_with(says.as_bytes()) {
-                // Whatever else it has to say must not block it.
-                std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-                return Ok(Self(child));
-            }
+    /// Asks it to end (SIGTERM) and waits.
+    ///
+    /// # Errors
+    /// When it does not end; it is killed then.
+    pub fn stop(mut self) -> Result<()> {
+        self.end().map(|_| ())
+    }
+
+    fn end(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.0.try_wait()? {
+            return Ok(status);
         }
-        let status = child.wait()?;
-        bail!(
-            "{program} ended with {status}: {}",
-            String::from_utf8_lossy(&said)
-        )
-    }
-
-    /// Asks it to end (SIGTERM), waits, and returns whether it ended well.
-    pub fn stop(mut self) -> Result<bool> {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id())?);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + ENDS_WITHIN;
         while Instant::now() < deadline {
             if let Some(status) = self.0.try_wait()? {
-                return Ok(status.success());
+                return Ok(status);
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(LOOK_EVERY);
         }
-        bail!("process {pid} did not end within 5 s of SIGTERM")
+        bail!("process {pid} did not end within {ENDS_WITHIN:?} of SIGTERM")
     }
 }
 
-fn spawn(netns: &Netns, program: &str, arguments: &[&str], output: Stdio) -> Result<Child> {
+fn spawn(
+    netns: &Netns,
+    program: &str,
+    arguments: &[&str],
+    stdout: fn() -> Stdio,
+    stderr: fn() -> Stdio,
+) -> Result<Child> {
     let mut command = Command::new(program);
     command
         .args(arguments)
         .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(Stdio::null());
+        .stdout(stdout())
+        .stderr(stderr());
     netns
         .run(|| command.spawn())?
         .with_context(|| format!("cannot start {program}: is it installed? (`make deps`)"))
 }
 
 /// Runs a program in a namespace to its end and returns what it printed.
+///
+/// # Errors
+/// When it fails, with what it wrote; when it takes longer than `limit`; and [`interrupt::check`]'s.
 pub fn output_of(
     netns: &Netns,
     program: &str,
     arguments: &[&str],
     limit: Duration,
 ) -> Result<String> {
-    let mut child = spawn(netns, program, arguments, Stdio::piped())?;
-    let mut stdout = child.stdout.take().context("no standard output")?;
-    let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        stdout.read_to_string(&mut text).map(|_| text)
-    });
+    let mut child = spawn(netns, program, arguments, Stdio::piped, Stdio::piped)?;
+    let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
     let mut running = Running(child);
     let deadline = Instant::now() + limit;
     let status = loop {
         if let Some(status) = running.0.try_wait()? {
             break status;
         }
+        interrupt::check()?;
         if Instant::now() >= deadline {
             bail!(
                 "{program} {} did not end within {limit:?}",
                 arguments.join(" ")
             );
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(LOOK_EVERY);
     };
-    let text = match reader.join() {
-        Ok(text) => text.with_context(|| format!("reading the output of {program}"))?,
-        Err(_) => bail!("reading the output of {program} failed"),
-    };
+    let text = |thread: JoinHandle<String>| thread.join().unwrap_or_default();
+    let (stdout, stderr) = (text(stdout), text(stderr));
     if !status.success() {
         bail!(
             "{program} {} ended with {status}: {}",
             arguments.join(" "),
-            text.trim()
+            [stdout.trim(), stderr.trim()].join(" ").trim()
         );
     }
-    Ok(text)
+    Ok(stdout)
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What was read until an error is all that there is to show.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// The servers of one pod: nginx and iperf3.
@@ -192,6 +197,33 @@ fn nginx_configuration(directory: &Path) -> String {
          server {{ listen {APPLICATION_PORT} backlog=4096; location / {{ return 200 \"{}\\n\"; }} }}\n}}\n",
         "x".repeat(63)
     )
+}
+
+/// Whether all `ports` are listened on in a namespace (proc(5), /proc/net/tcp, state 0A).
+pub fn listening(netns: &Netns, ports: &[u16]) -> Result<bool> {
+    let text = netns.run(|| {
+        ["tcp", "tcp6"]
+            .map(|table| {
+                std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))
+                    .unwrap_or_default()
+            })
+            .concat()
+    })?;
+    let mut open: BTreeMap<u16, bool> = ports.iter().map(|port| (*port, false)).collect();
+    for line in text.lines() {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (Some(local), Some(_), Some("0A")) = (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let port = local
+            .rsplit_once(':')
+            .and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
+        if let Some(state) = port.and_then(|port| open.get_mut(&port)) {
+            *state = true;
+        }
+    }
+    Ok(open.into_values().all(|is_open| is_open))
 }
 
 /// Runs one load for `seconds` from the client's namespace.

@@ -29,6 +29,17 @@ pub struct Flow {
     pub to: SocketAddrV4,
 }
 
+/// How much of one direction of a connection was captured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Volume {
+    /// Segments, with or without payload.
+    pub segments: u64,
+    /// Segments with the SYN flag.
+    pub syns: u64,
+    /// Bytes of payload; those that were sent twice count once, and gaps do not count.
+    pub payload: u64,
+}
+
 /// TCP payload of a capture.
 #[derive(Debug, Clone, Default)]
 pub struct Capture {
@@ -36,34 +47,75 @@ pub struct Capture {
     pub streams: BTreeMap<Flow, Vec<u8>>,
     /// Bytes that came after a gap and are therefore not in `streams`.
     pub beyond_gaps: usize,
+    /// Each direction that at least one segment was captured of, with or without payload.
+    pub volumes: BTreeMap<Flow, Volume>,
 }
 
 /// A stretch of payload: its sequence number and bytes.
 type Segment<'a> = (u32, &'a [u8]);
 
+/// What was captured of one direction, as it came.
+#[derive(Default)]
+struct Direction<'a> {
+    start: Option<u32>,
+    segments: u64,
+    syns: u64,
+    parts: Vec<Segment<'a>>,
+}
+
 impl Capture {
     /// Reads a pcap file.
     pub fn parse(file: &[u8]) -> Result<Self, PcapError> {
-        let mut segments: BTreeMap<Flow, (Option<u32>, Vec<Segment<'_>>)> = BTreeMap::new();
+        let mut directions: BTreeMap<Flow, Direction<'_>> = BTreeMap::new();
         for packet in packets(file)? {
             let Some((flow, sequence, syn, payload)) = tcp_of(packet) else {
                 continue;
             };
-            let entry = segments.entry(flow).or_default();
+            let direction = directions.entry(flow).or_default();
+            direction.segments += 1;
             if syn {
-                entry.0 = Some(sequence.wrapping_add(1));
+                direction.syns += 1;
+                direction.start = Some(sequence.wrapping_add(1));
             } else if !payload.is_empty() {
-                entry.1.push((sequence, payload));
+                direction.parts.push((sequence, payload));
             }
         }
         let mut capture = Self::default();
-        for (flow, (start, parts)) in segments {
-            let stream = reassemble(start, parts, &mut capture.beyond_gaps);
-            if !stream.is_empty() {
-                capture.streams.insert(flow, stream);
+        for (flow, direction) in directions {
+            let Direction {
+                start,
+                segments,
+                syns,
+                mut parts,
+            } = direction;
+            let mut volume = Volume {
+                segments,
+                syns,
+                payload: 0,
+            };
+            if let Some(first) = start.or_else(|| parts.first().map(|part| part.0)) {
+                // Distance from the first byte: sequence numbers wrap at 2^32.
+                parts.sort_by_key(|part| part.0.wrapping_sub(first));
+                volume.payload = covered(first, &parts);
+                let stream = reassemble(first, &parts, &mut capture.beyond_gaps);
+                if !stream.is_empty() {
+                    capture.streams.insert(flow, stream);
+                }
             }
+            capture.volumes.insert(flow, volume);
         }
         Ok(capture)
+    }
+
+    /// All that was captured of the directions that `wanted` chooses.
+    pub fn volume(&self, wanted: impl Fn(&Flow) -> bool) -> Volume {
+        let mut sum = Volume::default();
+        for (_, volume) in self.volumes.iter().filter(|(flow, _)| wanted(flow)) {
+            sum.segments += volume.segments;
+            sum.syns += volume.syns;
+            sum.payload += volume.payload;
+        }
+        sum
     }
 
     /// Whether `needle` occurs in the payload of any stream.
@@ -75,19 +127,38 @@ impl Capture {
     }
 }
 
+/// Looks for `needle`, skipping as far as the last byte of each position allows (Horspool): a capture has many megabytes.
 fn find(haystack: &[u8], needle: &[u8]) -> bool {
-    !needle.is_empty()
-        && haystack
-            .windows(needle.len())
-            .any(|window| window == needle)
+    let Some((last, head)) = needle.split_last() else {
+        return false;
+    };
+    let mut skip = [needle.len(); 256];
+    for (index, byte) in head.iter().enumerate() {
+        skip[usize::from(*byte)] = head.len() - index;
+    }
+    let mut at = head.len();
+    while let Some(byte) = haystack.get(at) {
+        if byte == last && haystack[at - head.len()..at] == *head {
+            return true;
+        }
+        at += skip[usize::from(*byte)];
+    }
+    false
 }
 
-fn reassemble(start: Option<u32>, mut parts: Vec<Segment<'_>>, beyond_gaps: &mut usize) -> Vec<u8> {
-    let Some(first) = start.or_else(|| parts.first().map(|part| part.0)) else {
-        return Vec::new();
-    };
-    // Distance from the first byte: sequence numbers wrap at 2^32.
-    parts.sort_by_key(|part| part.0.wrapping_sub(first));
+/// Bytes that segments, sorted by distance from `first`, cover.
+fn covered(first: u32, parts: &[Segment<'_>]) -> u64 {
+    let (mut end, mut bytes) = (0, 0);
+    for (sequence, payload) in parts {
+        let from = u64::from(sequence.wrapping_sub(first));
+        let to = from + payload.len() as u64;
+        bytes += to.saturating_sub(from.max(end));
+        end = end.max(to);
+    }
+    bytes
+}
+
+fn reassemble(first: u32, parts: &[Segment<'_>], beyond_gaps: &mut usize) -> Vec<u8> {
     let mut stream = Vec::new();
     for (sequence, payload) in parts {
         let offset = sequence.wrapping_sub(first) as usize;
@@ -241,6 +312,16 @@ mod tests {
         assert_eq!(capture.beyond_gaps, 4);
         assert!(capture.contains(b"cde").is_some());
         assert!(capture.contains(b"xyz").is_none());
+        let seen = Volume {
+            segments: 5,
+            syns: 1,
+            payload: 10,
+        };
+        assert_eq!(capture.volume(|flow| flow.to.port() == 15008), seen);
+        assert_eq!(
+            capture.volume(|flow| flow.from.port() == 15008),
+            Volume::default()
+        );
     }
 
     #[test]
@@ -253,6 +334,15 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_needle_is_found_wherever_it_is(
+            haystack in proptest::collection::vec(0..3u8, 0..60),
+            needle in proptest::collection::vec(0..3u8, 0..6),
+        ) {
+            let there = !needle.is_empty() && haystack.windows(needle.len()).any(|window| window == needle);
+            prop_assert_eq!(find(&haystack, &needle), there);
+        }
+
         #[test]
         fn no_file_panics(mut bytes in proptest::collection::vec(any::<u8>(), 0..400), valid_head in any::<bool>()) {
             if valid_head {

@@ -1,18 +1,19 @@
-//! Results: results.json with every sample, and the table that is printed.
+//! Results: results.json with every sample.
 
 use std::path::Path as FilePath;
-use std::process::Command;
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use super::accounting::Cpu;
-use super::case::{Case, Load};
+use super::case::Case;
+use super::counters::Counters;
+use super::environment::Environment;
 use super::proof::Proof;
 use super::run::BenchSpec;
 use super::statistics::Summary;
 use super::variant::Variant;
+use crate::topology::Overlay;
 
 /// Name of the results file.
 pub const RESULTS: &str = "results.json";
@@ -26,6 +27,8 @@ pub struct Sample {
     pub case: Case,
     /// Round, from 0.
     pub round: usize,
+    /// When it began, in seconds after the benchmark did.
+    pub begun_seconds: f64,
     /// Result in the case's unit.
     pub value: f64,
     /// Work done: bytes or requests.
@@ -34,86 +37,56 @@ pub struct Sample {
     pub latency_us: Option<(f64, f64)>,
     /// CPU time of both proxies, in seconds. Work of the kernel in interrupts is not in it.
     pub proxies_cpu: Cpu,
-    /// CPU time of the whole machine, in seconds.
+    /// CPU time of the whole machine, in seconds: clients and servers, too.
     pub machine_cpu: Cpu,
+    /// Time that the hypervisor gave to others, in seconds over all processors.
+    pub stolen_seconds: f64,
     /// Time that the sample took, in seconds.
     pub wall_seconds: f64,
+    /// What passed through `istioout` on the client's node and `istioin` on the server's node meanwhile.
+    pub overlays: [Counters; 2],
 }
 
 impl Sample {
     /// Work in the units that CPU time is divided by: GB, or thousands.
     fn work_units(&self) -> f64 {
-        self.work
-            / if self.case.load == Load::Bulk {
-                1e9
-            } else {
-                1e3
-            }
+        self.work / self.case.load.work_unit_size()
     }
 }
 
-/// Where and with what it was measured.
-#[derive(Debug, Clone, Serialize)]
-pub struct Environment {
-    /// Kernel release.
-    pub kernel: String,
-    /// Processor model.
-    pub processor: String,
-    /// Processors.
-    pub processors: usize,
-    /// Version of ambidex.
-    pub ambidex: String,
-    /// Versions of the tools that made the load.
-    pub tools: Vec<String>,
-    /// TCP congestion control in force.
-    pub congestion_control: String,
+/// How a benchmark ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// Not yet, or it was killed: samples are those up to the last round that is complete.
+    Running,
+    /// With everything measured.
+    Finished,
+    /// By a signal.
+    Interrupted,
+    /// With this error.
+    Failed(String),
 }
 
-impl Environment {
-    /// Asks this machine.
-    pub fn of_this_machine() -> Self {
-        let read = |path: &str| {
-            std::fs::read_to_string(path)
-                .unwrap_or_default()
-                .trim()
-                .to_owned()
-        };
-        let processor = read("/proc/cpuinfo")
-            .lines()
-            .find_map(|line| {
-                line.strip_prefix("model name")
-                    .and_then(|rest| rest.split_once(": "))
-            })
-            .map(|(_, name)| name.to_owned())
-            .unwrap_or_default();
-        let first_line = |program: &str, argument: &str| {
-            let output = Command::new(program).arg(argument).output().ok()?;
-            let text = [output.stdout, output.stderr].concat();
-            Some(
-                String::from_utf8_lossy(&text)
-                    .lines()
-                    .next()?
-                    .trim()
-                    .to_owned(),
-            )
-        };
-        Self {
-            kernel: read("/proc/sys/kernel/osrelease"),
-            processor,
-            processors: std::thread::available_parallelism().map_or(0, usize::from),
-            ambidex: env!("CARGO_PKG_VERSION").to_owned(),
-            tools: [
-                ("iperf3", "--version"),
-                ("wrk", "--version"),
-                ("nginx", "-v"),
-                ("tcpdump", "--version"),
-            ]
-            .into_iter()
-            .filter_map(|(program, argument)| first_line(program, argument))
-            .collect(),
-            congestion_control: read("/proc/sys/net/ipv4/tcp_congestion_control"),
-        }
-    }
+/// What the samples of a variant in a case come to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Line {
+    /// Case.
+    pub case: Case,
+    /// Variant.
+    pub variant: Variant,
+    /// Number of samples.
+    pub samples: usize,
+    /// In the case's unit.
+    pub value: Summary,
+    /// Median relative to the median of no mesh in the same case.
+    pub ratio_to_none: Option<f64>,
+    /// Latency at the 50th and 99th percentile in microseconds: medians of the samples'.
+    pub latency_us: Option<(f64, f64)>,
+    /// CPU seconds of the proxies per GB, or per 1,000 operations.
+    pub proxies_cpu: Option<Summary>,
+    /// CPU seconds of the machine per GB, or per 1,000 operations.
+    pub machine_cpu: Summary,
 }
 
 /// All that a benchmark found.
@@ -121,6 +94,10 @@ impl Environment {
 pub struct Report {
     /// Format of this file; raised when a field changes its meaning.
     pub format: u32,
+    /// Version, profile and features of ambidex.
+    pub build: String,
+    /// How it ended. What is here is true in any case, but complete only if it finished.
+    pub ended: Ended,
     /// Environment.
     pub environment: Environment,
     /// Variants, in order.
@@ -131,10 +108,14 @@ pub struct Report {
     pub rounds: usize,
     /// Seconds of one sample.
     pub seconds_per_sample: u64,
-    /// Overlay device of the node capture: geneve or vxlan.
+    /// Overlay that was ordered: auto takes geneve if the kernel has it.
+    pub overlay_ordered: Overlay,
+    /// Overlay device of the node capture: geneve or vxlan. None when no variant has one.
     pub overlay: Option<String>,
     /// Proofs of the path.
     pub proofs: Vec<Proof>,
+    /// Medians and ranges, one line per case and variant.
+    pub summary: Vec<Line>,
     /// Every sample, in the order of measuring.
     pub samples: Vec<Sample>,
     /// Time that everything took.
@@ -146,20 +127,28 @@ impl Report {
     pub fn new(spec: &BenchSpec, environment: Environment) -> Self {
         Self {
             format: 1,
+            build: spec.build.clone(),
+            ended: Ended::Running,
             environment,
             variants: spec.variants.clone(),
             cases: spec.cases.clone(),
             rounds: spec.rounds,
             seconds_per_sample: spec.seconds,
+            overlay_ordered: spec.overlay,
             overlay: None,
             proofs: Vec::new(),
+            summary: Vec::new(),
             samples: Vec::new(),
             seconds_taken: 0.0,
         }
     }
 
-    /// Writes results.json, at once or not at all.
-    pub fn store(&self, directory: &FilePath) -> Result<()> {
+    /// Writes results.json, at once or not at all, with the summary of what has been measured.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn store(&mut self, directory: &FilePath) -> Result<()> {
+        self.summary = self.summarize();
         let path = directory.join(RESULTS);
         let temporary = path.with_extension("json.tmp");
         std::fs::write(&temporary, serde_json::to_vec_pretty(self)?)
@@ -174,134 +163,48 @@ impl Report {
             .collect()
     }
 
-    /// Median of a variant relative to the median of no mesh in the same case.
-    fn ratio(&self, variant: Variant, case: Case) -> Option<f64> {
-        let median = |variant| {
-            let values: Vec<f64> = self
-                .of(variant, case)
-                .iter()
-                .map(|sample| sample.value)
-                .collect();
-            Summary::of(&values).map(|summary| summary.median)
-        };
-        Some(median(variant)? / median(Variant::None)?)
-    }
-
-    /// The table: one row per case and variant.
-    pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header([
-            "CASE",
-            "VARIANT",
-            "MEDIAN",
-            "MIN-MAX",
-            "UNIT",
-            "OF NONE",
-            "PROXIES' CPU s",
-            "MACHINE'S CPU s",
-            "PER",
-        ]);
+    /// One line per case and variant that has samples.
+    pub fn summarize(&self) -> Vec<Line> {
+        let mut lines = Vec::new();
         for &case in &self.cases {
+            let none = summary(&self.of(Variant::None, case), |sample| Some(sample.value));
             for &variant in &self.variants {
                 let samples = self.of(variant, case);
-                let summary = |value: &dyn Fn(&Sample) -> f64| {
-                    Summary::of(
-                        &samples
-                            .iter()
-                            .map(|sample| value(sample))
-                            .collect::<Vec<_>>(),
-                    )
+                let per_unit = |cpu: fn(&Sample) -> Cpu| {
+                    summary(&samples, |sample| {
+                        Some(cpu(sample).total() / sample.work_units())
+                    })
                 };
-                let Some(value) = summary(&|sample| sample.value) else {
+                let (Some(value), Some(machine_cpu)) = (
+                    summary(&samples, |sample| Some(sample.value)),
+                    per_unit(|sample| sample.machine_cpu),
+                ) else {
                     continue;
                 };
-                let number = |summary: Option<Summary>| {
-                    summary.map_or_else(String::new, |s| format!("{:.3}", s.median))
+                let latency = |percentile: fn((f64, f64)) -> f64| {
+                    summary(&samples, |sample| sample.latency_us.map(percentile))
                 };
-                let digits = if case.load == Load::Bulk { 2 } else { 0 };
-                let proxies = (variant != Variant::None)
-                    .then(|| summary(&|sample| sample.proxies_cpu.total() / sample.work_units()))
-                    .flatten();
-                table.add_row([
-                    case.to_string(),
-                    variant.to_string(),
-                    format!("{:.digits$}", value.median),
-                    format!("{:.digits$}-{:.digits$}", value.min, value.max),
-                    case.load.unit().to_owned(),
-                    self.ratio(variant, case)
-                        .map_or_else(String::new, |ratio| format!("{ratio:.2}")),
-                    number(proxies),
-                    number(summary(&|sample| {
-                        sample.machine_cpu.total() / sample.work_units()
-                    })),
-                    case.load.work_unit().to_owned(),
-                ]);
-            }
-        }
-        for column in [2, 3, 5, 6, 7] {
-            if let Some(column) = table.column_mut(column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        table
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::bench::case::Path;
-
-    #[test]
-    fn medians_and_ratios_come_from_the_samples() {
-        let case = Case {
-            path: Path::CrossNode,
-            load: Load::Bulk,
-        };
-        let spec = BenchSpec {
-            variants: vec![Variant::None, Variant::Inpod],
-            cases: vec![case],
-            rounds: 3,
-            seconds: 1,
-            overlay: crate::topology::Overlay::Auto,
-            programs: crate::topology::Programs::beside(FilePath::new("/x/ambidex")),
-            out: "/x".into(),
-        };
-        let mut report = Report::new(&spec, Environment::of_this_machine());
-        for (variant, values) in [
-            (Variant::None, [10.0, 12.0, 8.0]),
-            (Variant::Inpod, [4.0, 5.0, 99.0]),
-        ] {
-            for (round, value) in values.into_iter().enumerate() {
-                report.samples.push(Sample {
-                    variant,
+                lines.push(Line {
                     case,
-                    round,
+                    variant,
+                    samples: samples.len(),
                     value,
-                    work: 2e9,
-                    latency_us: None,
-                    proxies_cpu: Cpu {
-                        user: 1.0,
-                        system: 2.0,
-                        interrupts: 0.0,
-                    },
-                    machine_cpu: Cpu {
-                        user: 4.0,
-                        system: 2.0,
-                        interrupts: 2.0,
-                    },
-                    wall_seconds: 1.0,
+                    ratio_to_none: none.map(|none| value.median / none.median),
+                    latency_us: latency(|both| both.0)
+                        .zip(latency(|both| both.1))
+                        .map(|(median, tail)| (median.median, tail.median)),
+                    proxies_cpu: (variant != Variant::None)
+                        .then(|| per_unit(|sample| sample.proxies_cpu))
+                        .flatten(),
+                    machine_cpu,
                 });
             }
         }
-        assert_eq!(report.ratio(Variant::Inpod, case), Some(0.5));
-        let text = report.table().to_string();
-        let line = text.lines().find(|line| line.contains("inpod")).unwrap();
-        for part in ["5.00", "4.00-99.00", "0.50", "1.500", "4.000"] {
-            assert!(line.contains(part), "{part} in {line}");
-        }
+        lines
     }
+}
+
+fn summary(samples: &[&Sample], value: impl Fn(&Sample) -> Option<f64>) -> Option<Summary> {
+    let values: Option<Vec<f64>> = samples.iter().map(|sample| value(sample)).collect();
+    Summary::of(&values?)
 }

@@ -35,6 +35,11 @@ impl Variant {
         }
     }
 
+    /// Whether the node captures.
+    pub fn is_node(self) -> bool {
+        matches!(self, Self::NodeHybrid | Self::NodeTunnel)
+    }
+
     /// The lab in which it is measured. They differ in nothing but the capture.
     pub fn lab(self, name: String, overlay: Overlay, programs: Programs) -> LabSpec {
         let (mode, flow) = match self {
