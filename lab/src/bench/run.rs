@@ -97,7 +97,8 @@ fn set_up(spec: &BenchSpec, report: &mut Report, progress: Progress<'_>) -> Resu
         let begun = Instant::now();
         let stage = Stage::new(variant, spec)?;
         say(format!(
-            "{variant}: lab stands after {:.1} s",
+            "{variant}: lab {} stands after {:.1} s",
+            stage.lab.name(),
             begun.elapsed().as_secs_f64()
         ));
         Ok(stage)

@@ -317,7 +317,9 @@ fn through_istioin(variant: Variant, leg: &Leg, observed: &Observed) -> Statemen
 
 fn through(variant: Variant, leg: &Leg, device: &str, begun: bool) -> Statement {
     let shares = leg.shares();
-    let all = |fits: fn(f64) -> bool| shares.iter().all(|share| share.is_some_and(fits));
+    // A share of the few bytes that an idle tunnel carries says nothing about what was sent.
+    let enough = leg.payload.iter().all(|bytes| *bytes >= EXCHANGE);
+    let all = |fits: fn(f64) -> bool| enough && shares.iter().all(|share| share.is_some_and(fits));
     let (claim, holds) = match variant {
         Variant::NodeTunnel => (
             format!(
@@ -344,9 +346,11 @@ fn through(variant: Variant, leg: &Leg, device: &str, begun: bool) -> Statement 
         claim,
         holds,
         found: format!(
-            "{} there, {} back, {} segments, {} SYNs",
+            "{} of {} bytes there, {} of {} back, {} segments, {} SYNs",
             percent(shares[0]),
+            leg.payload[0],
             percent(shares[1]),
+            leg.payload[1],
             leg.segments[0] + leg.segments[1],
             leg.syns
         ),

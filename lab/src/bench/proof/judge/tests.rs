@@ -193,6 +193,22 @@ fn one_way_of_a_tunnel_past_the_overlay_is_no_tunnel() {
 }
 
 #[test]
+fn a_share_of_nearly_nothing_is_no_proof() {
+    for variant in [Variant::NodeHybrid, Variant::NodeTunnel] {
+        let mut observed = good(variant);
+        for (wire, _, heard) in &mut observed.wires {
+            if matches!(wire, Wire::Uplink | Wire::Istioin) {
+                for volume in heard.capture.volumes.values_mut() {
+                    volume.payload = volume.payload.min(78);
+                }
+            }
+        }
+        let failed = failed(variant, &observed).join("; ");
+        assert!(failed.contains("through istioin"), "{variant}: {failed}");
+    }
+}
+
+#[test]
 fn a_hybrid_connection_must_begin_in_the_overlay() {
     let claim = "the SYN, and at most 1 % of the payload, through istioin on the server's node";
     let mut observed = with(good(Variant::NodeHybrid), Wire::Istioin, Heard::default());
