@@ -15,7 +15,8 @@ use host_net::netns::Netns;
 use serde::Serialize;
 
 use super::case::{CLIENT, Path};
-use super::counters::{self, ISTIOIN, ISTIOOUT};
+pub use super::counters::{Counters, of as counters};
+use super::counters::{ISTIOIN, ISTIOOUT, exists};
 use super::interrupt;
 use super::pcap::Capture;
 use super::tap::{self, Tap};
@@ -219,7 +220,7 @@ pub fn prove(lab: &Lab, variant: Variant, path: Path) -> Result<Proof> {
             .iter()
             .find_map(|outcome| outcome.seen)
             .map(|seen| seen.ip()),
-        istioin_ever: counters::of(&open(&server_node.netns)?, ISTIOIN)?.tx_packets,
+        istioin_ever: counters(&open(&server_node.netns)?, ISTIOIN)?.tx_packets,
         wires: Vec::new(),
     };
     let deadline = Instant::now() + tap::DRAIN;
@@ -266,7 +267,7 @@ fn wires(
     }
     for (wire, netns, device) in overlays {
         // Without the device nothing can pass through it.
-        if counters::exists(&netns, device)? {
+        if exists(&netns, device)? {
             wires.push((wire, netns, device.to_owned()));
         }
     }
