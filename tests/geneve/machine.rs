@@ -2,23 +2,38 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
 
 use crate::INSIDE;
 use crate::report::Report;
 
 /// The kernel of Debian's package user-mode-linux, and its modules.
-const KERNEL: &str = "linux.uml";
+const KERNEL: &str = "/usr/bin/linux.uml";
 const MODULES: &str = "/usr/lib/uml/modules";
+/// The kernel traces its processes. Should it be killed alone, they would go on as root's processes of this machine, so
+/// they get namespaces to do that in: they die with the kernel, which is the first process there, and whatever they do
+/// until then stays there. Power off is for their machine, too.
+const LAUNCH: [&str; 13] = [
+    // Ends with this program, however that ends.
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--mount",
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "sh",
+    "-ec",
+    "[ ! -e /proc/sysrq-trigger ] || mount --bind /dev/null /proc/sysrq-trigger; exec \"$@\"",
+    "sh",
+];
 /// Memory of the machine; only what it touches is taken from this one.
 const MEMORY: &str = "2048M";
 /// How long everything may take, from power on to power off.
@@ -31,8 +46,10 @@ const CONSOLE_LINES: usize = 80;
 /// # Errors
 /// When it cannot boot, does not end in time, or leaves no report of any test; with the end of its console.
 pub fn run(tests: &[&str]) -> Result<Report> {
-    if !Path::new(MODULES).is_dir() {
-        bail!("{MODULES} does not exist: install User-Mode Linux (make deps)");
+    for path in [KERNEL, MODULES] {
+        if !Path::new(path).exists() {
+            bail!("{path} does not exist: install User-Mode Linux (make deps)");
+        }
     }
     let work = WorkDirectory::new()?;
     let report = work.0.join("report.json");
@@ -100,17 +117,16 @@ impl Drop for WorkDirectory {
     }
 }
 
-/// A running kernel. Its processes are processes of this machine; all go when this is dropped.
-struct Machine {
-    kernel: Child,
-    /// Its process group, until that has been killed.
-    group: Option<Pid>,
-}
+/// A running kernel, by the process that started it. Its processes are processes of this machine; all go when this is
+/// dropped.
+struct Machine(Child);
 
 impl Machine {
     fn boot(work: &Path, init: &Path, console: &File) -> Result<Self> {
-        let mut command = Command::new(KERNEL);
+        let mut command = Command::new("setpriv");
         command
+            .args(LAUNCH)
+            .arg(KERNEL)
             .args([
                 &format!("mem={MEMORY}"),
                 "rootfstype=hostfs",
@@ -122,48 +138,31 @@ impl Machine {
                 "con0=fd:0,fd:1",
                 &format!("uml_dir={}", text(work)?),
             ])
+            // TMPDIR would say where the machine's memory is: it belongs on a tmpfs, which the kernel finds by itself.
+            .env_remove("TMPDIR")
             .stdin(Stdio::null())
             .stdout(console.try_clone()?)
-            .stderr(console.try_clone()?)
-            .process_group(0);
-        let kernel = match command.spawn() {
-            Ok(kernel) => kernel,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                bail!("{KERNEL} is not on PATH: install User-Mode Linux (make deps)")
-            }
-            Err(error) => return Err(error).context(KERNEL),
-        };
-        let group = Some(Pid::from_raw(kernel.id().try_into()?));
-        Ok(Self { kernel, group })
+            .stderr(console.try_clone()?);
+        Ok(Self(command.spawn().context("setpriv")?))
     }
 
-    /// Waits until it powers off, and ends it if it does not in time. None then, else how it ended.
+    /// Waits until it powers off, and says how it ended; none when it did not in time.
     fn run(mut self, limit: Duration) -> Result<Option<ExitStatus>> {
-        let pid = Pid::from_raw(self.kernel.id().try_into()?);
-        // Left unreaped, so that the number of its group stays its own until the group has been killed.
-        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         let started = Instant::now();
-        let mut ended = false;
-        while !ended && started.elapsed() < limit {
+        while started.elapsed() < limit {
+            if let Some(status) = self.0.try_wait()? {
+                return Ok(Some(status));
+            }
             thread::sleep(Duration::from_millis(50));
-            ended = waitid(Id::Pid(pid), look)? != WaitStatus::StillAlive;
         }
-        let status = self.end()?;
-        Ok(ended.then_some(status))
-    }
-
-    /// Kills what is left of it: a kernel that ends can leave some of its processes.
-    fn end(&mut self) -> Result<ExitStatus> {
-        if let Some(group) = self.group.take() {
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-        Ok(self.kernel.wait()?)
+        Ok(None)
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let _ = self.end();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
