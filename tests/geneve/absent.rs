@@ -48,7 +48,8 @@ fn told(suite: &Suite) -> Result<()> {
             .args(["--overlay", "geneve"])
             .env("AMBIDEX_RUN_DIR", "/run/absent")
             .env("AMBIDEX_STATE_DIR", "/run/absent")
-            .output()?;
+            .output()
+            .with_context(|| suite.ambidex().display().to_string())?;
         let told = String::from_utf8_lossy(&output.stderr);
         let command = command.join(" ");
         ensure!(told == SENTENCE, "{command}: {told}");

@@ -19,12 +19,10 @@ mount -t tmpfs tmpfs /tmp
 # These may lie where a tmpfs was just mounted.
 show() {
     [ -d "$1" ] || mkdir -p "$1"
-    mount -t hostfs -o "$1" none "$1"
+    mount "$2" -t hostfs -o "$1" none "$1"
 }
-for directory in $READABLE; do
-    [ -d "$directory" ] || show "$directory"
-done
-show "$WORK"
+for directory in $READABLE; do show "$directory" --read-only; done
+show "$WORK" --rw
 
 # As on a machine of its own, whoever needs a module gets it, here from the kernel's package.
 mkdir -p "$WORK/modules/lib"

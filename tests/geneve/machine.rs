@@ -169,7 +169,8 @@ impl Drop for Machine {
 fn init_script(work: &Path, report: &Path, tests: &[&str]) -> Result<String> {
     let this = std::env::current_exe().context("path of this program")?;
     let ambidex = Path::new(env!("CARGO_BIN_EXE_ambidex"));
-    let directories = [this.parent(), ambidex.parent()];
+    // The first may lie around the second, and would hide it.
+    let directories = [ambidex.parent(), this.parent()];
     let readable: Vec<&str> = directories
         .into_iter()
         .flatten()
