@@ -66,6 +66,12 @@ fn a_chain_is_compared_rule_by_rule_in_order() {
             found: "lacks `-j A`".to_owned()
         }]
     );
+    assert_eq!(
+        look(&["-j X", "-j B", "-j A", "-j X"]),
+        [Problem::Different {
+            found: "lacks `-j A`; has `-j X`, `-j X`".to_owned()
+        }]
+    );
     assert_eq!(found(&tables(&[], None), &wanted, &[]), [Problem::Missing]);
 }
 
