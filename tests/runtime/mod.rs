@@ -227,6 +227,12 @@ pub fn ambidex(lab: &Lab, arguments: &str) -> Done {
     node.run(|| Done::of(&mut command, b"")).unwrap()
 }
 
+/// `ambidex diff` finds nothing on node1.
+#[track_caller]
+pub fn diff_is_empty(lab: &Lab, subject: &str) {
+    assert_eq!(ambidex(lab, &format!("diff {subject}")).with_code(0), "");
+}
+
 /// The pods that the agent of node1 knows.
 pub fn pods(lab: &Lab) -> Vec<Value> {
     let json = ambidex(lab, "get pods -o json").with_code(0);
