@@ -1,6 +1,6 @@
 //! The command line's side of the agent's API.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use http::{Method, StatusCode};
@@ -9,11 +9,15 @@ use serde::de::DeserializeOwned;
 use crate::run_dir::RunDir;
 use crate::unix_http;
 
-/// How long the agent may take. An undo of a node with hundreds of pods takes seconds.
-const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the agent may take to tell something. The state of a whole node is read in less than a second.
+const TELLS_WITHIN: Duration = Duration::from_secs(10);
+/// How long it may take to do something. An undo of a node with hundreds of pods takes many seconds.
+const DOES_WITHIN: Duration = Duration::from_secs(120);
 
 /// How long a living agent may take to say anything at all.
 const SIGN_OF_LIFE_WITHIN: Duration = Duration::from_secs(2);
+/// Time between two questions to one that is ending.
+const ASK_EVERY: Duration = Duration::from_millis(20);
 
 /// Whether there is an agent.
 #[derive(Debug)]
@@ -26,20 +30,26 @@ pub enum Life {
     Hung(anyhow::Error),
 }
 
-/// Whether the agent of this node lives.
+/// Whether the agent of this node lives. One that is just ending still takes connections, and drops them.
 pub async fn life() -> Life {
     let socket = RunDir::from_env().agent();
-    let asked = unix_http::request(
-        &socket,
-        Method::GET,
-        "/healthz",
-        Vec::new(),
-        SIGN_OF_LIFE_WITHIN,
-    );
-    match asked.await {
-        Ok(_) => Life::Answers,
-        Err(error) if error.is_nobody() => Life::Nobody,
-        Err(error) => Life::Hung(error.into()),
+    let deadline = Instant::now() + SIGN_OF_LIFE_WITHIN;
+    loop {
+        let asked = unix_http::request(
+            &socket,
+            Method::GET,
+            "/healthz",
+            Vec::new(),
+            SIGN_OF_LIFE_WITHIN,
+        );
+        match asked.await {
+            Ok(_) => return Life::Answers,
+            Err(error) if error.is_nobody() => return Life::Nobody,
+            Err(unix_http::RequestError::Http(..)) if Instant::now() < deadline => {
+                tokio::time::sleep(ASK_EVERY).await;
+            }
+            Err(error) => return Life::Hung(error.into()),
+        }
     }
 }
 
@@ -55,17 +65,21 @@ pub async fn pid(run_dir: &RunDir) -> Option<i32> {
 
 /// `GET` a JSON page of the agent of this node.
 pub async fn get<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
-    call(Method::GET, uri).await
+    call(Method::GET, uri, TELLS_WITHIN).await
 }
 
 /// `POST` to a page of the agent of this node.
 pub async fn post<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
-    call(Method::POST, uri).await
+    call(Method::POST, uri, DOES_WITHIN).await
 }
 
-async fn call<T: DeserializeOwned>(method: Method, uri: &str) -> anyhow::Result<T> {
+async fn call<T: DeserializeOwned>(
+    method: Method,
+    uri: &str,
+    within: Duration,
+) -> anyhow::Result<T> {
     let socket = RunDir::from_env().agent();
-    let (status, body) = unix_http::request(&socket, method, uri, Vec::new(), TIMEOUT).await?;
+    let (status, body) = unix_http::request(&socket, method, uri, Vec::new(), within).await?;
     if status != StatusCode::OK {
         return Err(anyhow!("{}", String::from_utf8_lossy(&body).trim_end()));
     }

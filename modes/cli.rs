@@ -14,6 +14,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::unix_http::RequestError;
+
 /// One node proxy, two hands: a Layer-4 mutual-TLS proxy with two interchangeable ways of capturing pod traffic.
 #[derive(Debug, Parser)]
 #[command(name = "ambidex", version, about, max_term_width = 110)]
@@ -80,7 +82,7 @@ pub fn main() -> ExitCode {
         Err(Failure::Failed(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(1)
+            ExitCode::from(if is_timeout(&error) { 4 } else { 1 })
         }
         Err(Failure::Differs) => ExitCode::from(3),
         Err(Failure::Code(code)) => ExitCode::from(code),
@@ -92,6 +94,14 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<std::io::Error>()
         .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Whether a daemon did not answer in time.
+fn is_timeout(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref::<RequestError>(),
+        Some(RequestError::Timeout(..))
+    )
 }
 
 /// A runtime for commands that talk to a daemon or to the kernel and end.

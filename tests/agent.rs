@@ -10,7 +10,7 @@ use std::time::Duration;
 use harness::own;
 use host_net::netns::Netns;
 use lab::standing::{self, Daemon};
-use lab::topology::Mode;
+use lab::topology::{LabSpec, Mode};
 use nix::sys::signal::Signal;
 use rstest::rstest;
 use runtime::{
@@ -21,9 +21,19 @@ use serde_json::Value;
 
 const PLACES: [&str; 3] = ["node1", "proxy1", "pod1-2"];
 
-/// Moments at which something is killed: within its first 100 ms, then sparser.
-fn moments(count: u32) -> impl Iterator<Item = Duration> {
-    (0..count).map(|i| Duration::from_millis(u64::from(if i < 8 { i * 12 } else { i * 20 - 60 })))
+/// Moments at which something is killed: most within the first 100 ms, which is what it takes; more of them, and closer, in
+/// the full suite.
+fn moments() -> impl Iterator<Item = Duration> {
+    let full = std::env::var("AMBIDEX_TEST_SUITE").is_ok_and(|suite| suite == "all");
+    let (count, step) = if full { (40, 3) } else { (10, 12) };
+    (0..count).map(move |i| Duration::from_millis(i * step))
+}
+
+/// A lab whose agent has no pid namespace of its own: what it started when it is killed outlives it for a moment.
+fn spec_of_orphans(mode: Mode) -> LabSpec {
+    let mut spec = harness::spec(mode);
+    spec.isolate = false;
+    spec
 }
 
 /// The agent is killed while it enrols or unenrols a pod: another one ends in one of the two states that there are
@@ -33,14 +43,14 @@ fn killed_in_the_middle_of_a_pod(
     #[values(Mode::Node, Mode::Inpod)] mode: Mode,
     #[values("ADD", "DEL")] verb: &str,
 ) {
-    let scene = own(&harness::spec(mode));
+    let scene = own(&spec_of_orphans(mode));
     let lab = &scene.lab;
     let sandbox = Sandbox::of(lab, "pod1-2");
     let captured = dumps(lab, &PLACES);
     sandbox.del(lab);
     let uncaptured = dumps(lab, &PLACES);
     let mut ends = [0, 0];
-    for moment in moments(10) {
+    for moment in moments() {
         match (verb, state_of(lab, &sandbox.uid).is_some()) {
             ("ADD", true) => sandbox.del(lab),
             ("DEL", false) => sandbox.add(lab),
@@ -76,16 +86,16 @@ fn killed_in_the_middle_of_a_pod(
 /// or from the journal alone.
 #[rstest]
 fn killed_while_setting_up(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
-    let mut spec = harness::spec(Mode::None);
+    let mut spec = spec_of_orphans(Mode::None);
     let name = spec.name.clone();
     let without = standing::up(&spec, &|_| {}).unwrap().scoped();
     let before = dumps(&without, &PLACES);
     without.down().unwrap();
-    spec = harness::spec(mode);
+    spec = spec_of_orphans(mode);
     spec.name = name;
     let scene = own(&spec);
     let lab = &scene.lab;
-    for (round, moment) in moments(10).enumerate() {
+    for (round, moment) in moments().enumerate() {
         lab.kill(1, Daemon::Agent).unwrap();
         ambidex(lab, "undo --node").with_code(0);
         assert_same("undo without an agent", &before, &dumps(lab, &PLACES));
@@ -143,15 +153,20 @@ fn an_agent_that_is_there_is_respected() {
     let agent = lab.process(1, Daemon::Agent).unwrap();
     agent.signal(Signal::SIGSTOP).unwrap();
     let refused = ambidex(lab, "undo --node");
+    let asked = ambidex(lab, "get pods");
     agent.signal(Signal::SIGCONT).unwrap();
     assert_eq!(refused.code, 1, "{refused:?}");
     for part in [
         format!("pid {pid}"),
-        "agent.sock".to_owned(),
+        "agent.sock: no answer".to_owned(),
         "end it, then undo again".to_owned(),
     ] {
         assert!(refused.stderr.contains(&part), "{part}: {}", refused.stderr);
     }
+    assert!(
+        asked.code == 4 && asked.stderr.contains("no answer within 10s"),
+        "{asked:?}"
+    );
     assert!(refused.took < Duration::from_secs(5));
     assert_same("refused undo", &before, &dumps(lab, &PLACES));
 

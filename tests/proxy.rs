@@ -78,6 +78,31 @@ fn a_replaced_proxy_is_followed(#[values(Mode::Node, Mode::Mixed)] mode: Mode) {
     assert_eq!(scene.seen("pod2-2", scene.at("pod1-1")), scene.ip("pod2-2"));
 }
 
+/// An upgrade that fails: another proxy comes, takes over the node, and goes again while the one before is still there.
+#[test]
+fn the_node_falls_back_to_the_proxy_that_is_left() {
+    let scene = own(&harness::spec(Mode::Node));
+    let lab = &scene.lab;
+    let other = Sandbox::wired(lab, "other1", [10, 244, 1, 105].into());
+    let its_place = Netns::open(&other.netns).unwrap();
+    let (before, untouched) = (dumps(lab, &PLACES), harness::dump(&its_place));
+    with_proxy(lab, Some(its_place.clone()), |proxy| {
+        eventually("the pods are announced to it", SOON, || {
+            proxy.served.lock().unwrap().len() == 2
+        });
+        assert!(harness::dump(&its_place).contains("TPROXY"));
+        assert_ne!(before[0], dumps(lab, &PLACES)[0]);
+        diff_is_empty(lab, "--node");
+    });
+    eventually("the node leads to the first again", SOON, || {
+        before[0] == dumps(lab, &PLACES)[0]
+    });
+    assert_same("fallen back", &before, &dumps(lab, &PLACES));
+    assert_eq!(untouched, harness::dump(&its_place));
+    assert!(lab.is_ready(1));
+    assert_eq!(scene.seen("pod1-1", scene.at("pod2-1")), scene.ip("pod1-1"));
+}
+
 /// Killed when it goes out of scope.
 struct Ending(std::process::Child);
 
@@ -90,17 +115,22 @@ impl Drop for Ending {
 
 /// A proxy that is not ours.
 #[derive(Default)]
-struct FieldProxy {
+struct FakeProxy {
     refuses: AtomicBool,
     served: std::sync::Mutex<Vec<String>>,
 }
 
-impl WorkloadHandler for FieldProxy {
+impl WorkloadHandler for FakeProxy {
     async fn add(&self, add: Add) -> Result<(), String> {
         if self.refuses.load(Ordering::Relaxed) {
             return Err("no room".to_owned());
         }
-        assert!(add.netns.is_some(), "the namespace comes with every pod");
+        let inpod = add.mode == inpod_redirect::zds::Mode::Inpod;
+        assert_eq!(
+            add.netns.is_some(),
+            inpod,
+            "the namespace comes with every pod"
+        );
         self.served.lock().unwrap().push(add.info.name);
         Ok(())
     }
@@ -109,7 +139,7 @@ impl WorkloadHandler for FieldProxy {
     }
     async fn snapshot_sent(&self) {}
     async fn configure_node(&self, _: NodeConfiguration) -> Result<(), String> {
-        panic!("the extension was not offered")
+        Ok(())
     }
     fn connections(&self, _uid: &str) -> u64 {
         0
@@ -118,13 +148,18 @@ impl WorkloadHandler for FieldProxy {
 }
 
 /// Runs a field's proxy against the agent of node1 while `test` runs.
-fn with_field_proxy(lab: &Lab, test: impl FnOnce(&FieldProxy)) {
+fn with_field_proxy(lab: &Lab, test: impl FnOnce(&FakeProxy)) {
+    with_proxy(lab, None, test);
+}
+
+/// Runs a proxy against the agent of node1 while `test` runs: one in a namespace, or one of the field, which does not say.
+fn with_proxy(lab: &Lab, netns: Option<Netns>, test: impl FnOnce(&FakeProxy)) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let handler = Arc::new(FieldProxy::default());
+    let handler = Arc::new(FakeProxy::default());
     let options = ClientOptions {
         path: lab.run_dir(1).join("ztunnel.sock"),
-        extension: false,
-        own_netns: Netns::current().unwrap(),
+        extension: netns.is_some(),
+        own_netns: netns.unwrap_or_else(|| Netns::current().unwrap()),
         default_drain: Duration::ZERO,
     };
     let proxy = runtime.spawn(client::run(

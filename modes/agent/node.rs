@@ -189,7 +189,11 @@ pub(super) struct PrepareNode(pub(super) Arc<Agent>);
 
 impl ProxyHook for PrepareNode {
     async fn on_proxy(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
-        let prepared = self.0.prepare(proxy).await;
+        // In a task of its own: whoever waits for this gives up after a time, and the kernel is not left half told.
+        let (agent, connected) = (Arc::clone(&self.0), proxy.clone());
+        let prepared = tokio::spawn(async move { agent.prepare(&connected).await })
+            .await
+            .unwrap_or_else(|error| Err(error.to_string()));
         // The proxy connects again and again; whoever asks what is missing hears of the last attempt.
         self.0.status().obstacle = prepared.as_ref().err().cloned();
         prepared

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use host_net::commands::as_commands;
 use host_net::journal::Journal;
@@ -14,6 +14,9 @@ use crate::agent::api::{PlacedFindings, PlacedPlan, Subject, Undone};
 use crate::agent::{Pods, StateLock, removal};
 use crate::agent_client::{self, Life};
 use crate::run_dir::{RunDir, state_dir};
+
+/// How long an undo waits for an agent that is ending, and for what a killed one had started.
+const AGENT_ENDS_WITHIN: Duration = Duration::from_secs(3);
 
 /// A pod or the node.
 #[derive(Debug, Args)]
@@ -107,9 +110,9 @@ pub(crate) fn run_undo(args: UndoArgs) -> Result<(), Failure> {
                     Some(pid) => format!("the agent (pid {pid}) does not answer"),
                     None => "the agent does not answer".to_owned(),
                 };
-                Err(error.context(format!(
-                    "{agent}, and nothing is taken away behind its back: end it, then undo again"
-                )))
+                Err(anyhow!(
+                    "{agent}, and nothing is taken away behind its back: end it, then undo again: {error}"
+                ))
             }
         }
     })??;
@@ -132,7 +135,7 @@ pub(crate) fn run_undo(args: UndoArgs) -> Result<(), Failure> {
 /// named stay captured.
 async fn undo_without_agent(subject: &Subject) -> anyhow::Result<Undone> {
     let state_dir = state_dir();
-    let _lock = StateLock::take(&state_dir, Duration::ZERO)
+    let _lock = StateLock::take(&state_dir, AGENT_ENDS_WITHIN)
         .context("no agent answers, but its state is in use: try again")?;
     let journal = Journal::open(state_dir.join("journal"))?;
     let pods = Pods::open(&state_dir)?;
