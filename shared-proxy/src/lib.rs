@@ -2,7 +2,8 @@
 //!
 //! Read a connection top to bottom: [`capture`] (the seam through which it arrives) → [`core`] (listeners of a scope) →
 //! [`outbound`] or [`inbound`] → [`pool`] and [`hbone`] (HTTP/2 CONNECT over mutual TLS) → [`relay`] (bytes both ways).
-//! Beside it: [`state`] (workloads, services, policies), [`identity`] (certificates and their checks), [`telemetry`].
+//! Beside it: [`state`] (workloads, services, policies), [`identity`] (certificates and their checks), [`tls_stream`],
+//! [`telemetry`].
 #![forbid(unsafe_code)]
 
 pub mod capture;
@@ -17,3 +18,4 @@ pub mod ports;
 pub mod relay;
 pub mod state;
 pub mod telemetry;
+pub mod tls_stream;

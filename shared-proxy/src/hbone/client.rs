@@ -17,8 +17,6 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use super::HboneConfig;
 use super::liveness::until_dead;
@@ -26,6 +24,7 @@ use super::stream::HboneStream;
 use crate::core::DialError;
 use crate::identity::{ALPN_H2, CaError};
 use crate::pool::Multiplexed;
+use crate::tls_stream::TlsStream;
 
 /// A handle to a standing tunnel. It closes when its last handle is dropped and its last stream has ended.
 #[derive(Clone)]
@@ -141,11 +140,10 @@ impl Tunnel {
     ) -> Result<Self, TunnelError> {
         // An address as server name sends no SNI; whether the name fits is not asked either.
         let name = ServerName::IpAddress(peer.ip().into());
-        let tls = TlsConnector::from(tls)
-            .connect(name, tcp)
+        let tls = TlsStream::connect(tcp, tls, name)
             .await
             .map_err(|error| TunnelError::Tls(peer, error))?;
-        if tls.get_ref().1.alpn_protocol() != Some(ALPN_H2) {
+        if tls.alpn_protocol() != Some(ALPN_H2) {
             return Err(TunnelError::NotHttp2(peer));
         }
         let (requests, connection) = config

@@ -12,8 +12,6 @@ use h2::{Reason, RecvStream};
 use http::{Method, Request, Response, StatusCode};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use super::client::watch;
 use super::stream::HboneStream;
@@ -24,6 +22,7 @@ use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
 use crate::inbound::{Arrival, Arrived, arrive};
 use crate::relay::{self, End, RelayError};
 use crate::telemetry::{ConnectionError, Direction, ResponseFlag};
+use crate::tls_stream::TlsStream;
 
 type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
 
@@ -120,12 +119,10 @@ async fn establish(
         .identity_of(&pod)
         .map_err(TunnelFailure::Identity)?;
     let certificate = attachment.core.certificates.get(&identity).await?;
-    let tls = TlsAcceptor::from(certificate.server_config())
-        .accept(tcp)
+    let tls = TlsStream::accept(tcp, certificate.server_config())
         .await
         .map_err(TunnelFailure::Tls)?;
-    let session = tls.get_ref().1;
-    let peer = peer_identity(session.peer_certificates().unwrap_or_default())?;
+    let peer = peer_identity(tls.peer_certificates().unwrap_or_default())?;
     let expected = &attachment.core.config.trust_domain;
     if peer.trust_domain() != expected {
         return Err(TunnelFailure::ForeignTrustDomain {
@@ -133,7 +130,7 @@ async fn establish(
             expected: expected.clone(),
         });
     }
-    if session.alpn_protocol() != Some(ALPN_H2) {
+    if tls.alpn_protocol() != Some(ALPN_H2) {
         return Err(TunnelFailure::NotHttp2);
     }
     let builder = attachment.core.config.hbone.server_builder();
