@@ -9,11 +9,15 @@ use std::sync::LazyLock;
 use serde_json::Value;
 
 /// Crate of this workspace → the crates of this workspace that it may depend on, for building and for testing.
-const MAY_DEPEND_ON: [(&str, &[&str]); 6] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 7] = [
     ("shared-proxy", &[]),
     ("host-net", &[]),
     ("node-redirect", &["shared-proxy", "host-net"]),
     ("inpod-redirect", &["shared-proxy", "host-net"]),
+    (
+        "splice-relay",
+        &["shared-proxy", "host-net", "inpod-redirect"],
+    ),
     ("lab", &["host-net"]),
     (
         "ambidex",
@@ -22,6 +26,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 6] = [
             "host-net",
             "node-redirect",
             "inpod-redirect",
+            "splice-relay",
             "lab",
         ],
     ),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use harness::{Scene, own};
 use lab::bench::Path::{self, CrossNode, SameNode};
-use lab::bench::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
+use lab::bench::Variant::{self, Inpod, NodeHybrid, NodeTunnel, Relay};
 use lab::bench::proof::{Proof, prove, require};
 use lab::topology::Mode;
 
@@ -26,7 +26,7 @@ fn lab(variant: Variant) -> Scene {
     let mode = match variant {
         Variant::None => Mode::None,
         NodeHybrid | NodeTunnel => Mode::Node,
-        Inpod => Mode::Inpod,
+        Inpod | Relay => Mode::Inpod,
     };
     let spec = harness::spec(mode);
     own(&variant.lab(spec.name, spec.overlay, spec.programs))
@@ -98,6 +98,20 @@ fn no_mesh() {
         let about = [&CLEAR[..], &[ISTIOOUT, ISTIOIN]].concat();
         fails(&judged(&scene, node, CrossNode), &about);
     }
+}
+
+/// The bound is readable on the wire, and neither a mesh nor a direct connection.
+#[test]
+fn relay() {
+    let scene = lab(Relay);
+    holds(&scene, Relay);
+    let proof = judged(&scene, Inpod, CrossNode);
+    assert!(!proof.holds(), "a relay is no mesh:\n{proof}");
+    let proof = judged(&scene, Relay, CrossNode);
+    assert!(proof.holds(), "{proof}");
+    let direct = lab(Variant::None);
+    let proof = judged(&direct, Relay, CrossNode);
+    assert!(!proof.holds(), "a direct connection is no relay:\n{proof}");
 }
 
 #[test]

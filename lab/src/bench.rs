@@ -13,6 +13,7 @@ pub mod interrupt;
 pub mod load;
 pub mod pcap;
 pub mod proof;
+pub mod relayed;
 pub mod report;
 pub mod run;
 pub mod statistics;

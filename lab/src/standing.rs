@@ -352,7 +352,11 @@ fn check_programs(spec: &LabSpec) -> Result<()> {
     if spec.mode == Mode::None {
         return Ok(());
     }
-    for program in [&spec.programs.ambidex, &spec.programs.ambidex_cni] {
+    let programs = [&spec.programs.ambidex, &spec.programs.ambidex_cni].map(PathBuf::as_path);
+    // A bare name is looked for in PATH when it is started.
+    let proxy = spec.proxy_command.iter().flatten().next().map(Path::new);
+    let proxy = proxy.filter(|program| program.components().count() > 1);
+    for program in programs.into_iter().chain(proxy) {
         program
             .metadata()
             .with_context(|| format!("{}, which the lab runs", program.display()))?;

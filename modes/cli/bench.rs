@@ -22,7 +22,7 @@ pub(crate) struct BenchArgs {
     /// Directory for results.json
     #[arg(long, value_name = "DIR", default_value = "out/bench")]
     out: PathBuf,
-    /// Variants, separated by commas: none, node-hybrid, node-tunnel, inpod
+    /// Variants, separated by commas: none, node-hybrid, node-tunnel, inpod (these by default), relay
     #[arg(long, value_delimiter = ',', value_name = "VARIANTS")]
     variants: Vec<Variant>,
     /// Cases, separated by commas, such as cross-node/bulk or same-node/newconn
@@ -49,7 +49,7 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         (6, 5, Case::all())
     };
     let spec = BenchSpec {
-        variants: once(args.variants, Variant::ALL.to_vec()),
+        variants: once(args.variants, Variant::DEFAULT.to_vec()),
         cases: once(args.cases, cases),
         rounds: args.rounds.unwrap_or(rounds),
         seconds: args.seconds.unwrap_or(seconds),

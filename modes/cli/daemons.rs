@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use tokio::runtime::Runtime;
 
 use super::Failure;
 use crate::agent::{self, AgentConfig};
@@ -104,13 +105,16 @@ pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         metrics: args.metrics,
         readiness: args.readiness,
     };
-    let workers = args
-        .worker_threads
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    proxy_runtime(args.worker_threads)?.block_on(proxy::run(config, log))?;
+    Ok(())
+}
+
+/// The runtime of whatever carries pods' bytes.
+pub(crate) fn proxy_runtime(workers: Option<usize>) -> std::io::Result<Runtime> {
+    let workers =
+        workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers.max(2))
         .enable_all()
-        .build()?;
-    runtime.block_on(proxy::run(config, log))?;
-    Ok(())
+        .build()
 }

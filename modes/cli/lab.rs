@@ -1,5 +1,7 @@
 //! `ambidex lab`: a two-node lab of network namespaces, left standing.
 
+mod relay;
+
 use clap::{Args, Subcommand};
 use lab::standing;
 use lab::topology::{LabSpec, Programs};
@@ -7,6 +9,8 @@ use lab::traffic::{self, TrafficCommand};
 
 use super::output::{Format, OutputArgs};
 use super::{Failure, block_on};
+use relay::RelayArgs;
+
 use crate::options::{CaptureArgs, require_overlay};
 
 #[derive(Debug, Args)]
@@ -33,6 +37,9 @@ enum Verb {
     Status(StatusArgs),
     /// Run a command in node1, proxy1, pod1-2, plain1 or out
     Exec(ExecArgs),
+    /// Run the benchmark's bound in place of the node proxy: plain connections, spliced
+    #[command(hide = true)]
+    Relay(RelayArgs),
     /// Serve or check traffic in the current namespace, as a JSON command says
     #[command(hide = true)]
     Traffic {
@@ -94,6 +101,7 @@ pub(crate) fn run(args: LabArgs) -> Result<(), Failure> {
             0 => Ok(()),
             code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),
         },
+        Verb::Relay(args) => relay::run(args),
         Verb::Traffic { command } => match traffic::run(&TrafficCommand::from_json(&command)?)? {
             0 => Ok(()),
             code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),

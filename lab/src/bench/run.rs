@@ -356,7 +356,7 @@ fn took_the_path(sample: &Sample) -> Result<()> {
         let wrong = match sample.variant {
             Variant::NodeTunnel => share < TUNNEL_SHARE,
             Variant::NodeHybrid => share > HYBRID_SHARE,
-            Variant::None | Variant::Inpod => false,
+            Variant::None | Variant::Relay | Variant::Inpod => false,
         };
         if wrong {
             bail!(

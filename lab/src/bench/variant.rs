@@ -13,6 +13,8 @@ use crate::topology::{LabSpec, Mode, NodeFlow, Overlay, Programs};
 pub enum Variant {
     /// No mesh.
     None,
+    /// In-pod capture by two relays that splice, without encryption: the bound of any relay.
+    Relay,
     /// Node capture, only first packets through the overlay.
     NodeHybrid,
     /// Node capture, everything through the overlay.
@@ -23,12 +25,22 @@ pub enum Variant {
 
 impl Variant {
     /// All, in the order in which they are printed.
-    pub const ALL: [Self; 4] = [Self::None, Self::NodeHybrid, Self::NodeTunnel, Self::Inpod];
+    pub const ALL: [Self; 5] = [
+        Self::None,
+        Self::Relay,
+        Self::NodeHybrid,
+        Self::NodeTunnel,
+        Self::Inpod,
+    ];
+
+    /// What is compared when nothing is said: no mesh and the captures. The bound is measured on demand.
+    pub const DEFAULT: [Self; 4] = [Self::None, Self::NodeHybrid, Self::NodeTunnel, Self::Inpod];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
+            Self::Relay => "relay",
             Self::NodeHybrid => "node-hybrid",
             Self::NodeTunnel => "node-tunnel",
             Self::Inpod => "inpod",
@@ -46,11 +58,16 @@ impl Variant {
             Self::None => (Mode::None, NodeFlow::Hybrid),
             Self::NodeHybrid => (Mode::Node, NodeFlow::Hybrid),
             Self::NodeTunnel => (Mode::Node, NodeFlow::Tunnel),
-            Self::Inpod => (Mode::Inpod, NodeFlow::Hybrid),
+            Self::Inpod | Self::Relay => (Mode::Inpod, NodeFlow::Hybrid),
+        };
+        let relay = || {
+            let program = programs.ambidex.display().to_string();
+            vec![program, "lab".to_owned(), "relay".to_owned()]
         };
         LabSpec {
             node_flow: flow,
             overlay,
+            proxy_command: (self == Self::Relay).then(relay),
             ..LabSpec::new(name, mode, programs)
         }
     }

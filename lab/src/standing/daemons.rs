@@ -58,14 +58,13 @@ impl Lab {
             bail!("{name} runs already");
         }
         let spec = self.spec();
-        let (target, own_proc, arguments) = match daemon {
+        let (target, own_proc, (program, arguments)) = match daemon {
             // An agent sees the processes of its node, as on a cluster, where it has the node's /proc.
-            Daemon::Agent => (format!("node{node}"), false, agent_arguments(&spec)),
-            Daemon::Proxy => (format!("proxy{node}"), true, proxy_arguments(&spec)),
+            Daemon::Agent => (format!("node{node}"), false, agent_command(&spec)),
+            Daemon::Proxy => (format!("proxy{node}"), true, proxy_command(&spec)),
         };
-        let program = &spec.programs.ambidex;
         let mut command = if spec.isolate {
-            process::isolated(program, own_proc)
+            process::isolated(&program, own_proc)
         } else {
             Command::new(program)
         };
@@ -252,7 +251,7 @@ impl Lab {
     }
 }
 
-fn agent_arguments(spec: &LabSpec) -> Vec<String> {
+fn agent_command(spec: &LabSpec) -> (PathBuf, Vec<String>) {
     let mut arguments = vec!["agent".to_owned()];
     let flags: [(&str, &dyn std::fmt::Display); 5] = [
         ("--mode", &spec.mode),
@@ -266,13 +265,16 @@ fn agent_arguments(spec: &LabSpec) -> Vec<String> {
         arguments.push(value.to_string());
     }
     arguments.extend(spec.agent_args.iter().cloned());
-    arguments
+    (spec.programs.ambidex.clone(), arguments)
 }
 
-fn proxy_arguments(spec: &LabSpec) -> Vec<String> {
-    let mut arguments = vec!["proxy".to_owned()];
+fn proxy_command(spec: &LabSpec) -> (PathBuf, Vec<String>) {
+    let (program, mut arguments) = match spec.proxy_command.as_deref() {
+        Some([program, arguments @ ..]) => (PathBuf::from(program), arguments.to_vec()),
+        _ => (spec.programs.ambidex.clone(), vec!["proxy".to_owned()]),
+    };
     arguments.extend(spec.proxy_args.iter().cloned());
-    arguments
+    (program, arguments)
 }
 
 fn parse_answer(answer: &str) -> Option<(u16, String)> {

@@ -32,6 +32,9 @@ pub struct LabSpec {
     pub isolate: bool,
     /// The programs that the lab runs.
     pub programs: Programs,
+    /// Program and arguments of another proxy that speaks ZDS, in place of `ambidex proxy`. It runs where that would, with
+    /// its environment.
+    pub proxy_command: Option<Vec<String>>,
     /// Additional environment of agents and proxies.
     pub daemon_env: BTreeMap<String, String>,
     /// Additional arguments of agents.
@@ -76,6 +79,9 @@ pub enum SpecError {
     /// Too few pods for the service, or too many for the node's prefix.
     #[error("{0} pods per node: want 2 to 180")]
     PodsPerNode(u8),
+    /// There is no program to run as proxy.
+    #[error("the command of the proxy is empty: want a program and its arguments")]
+    ProxyCommand,
     /// Not one of the words that a setting has.
     #[error("{setting} {word:?}: want one of {words}")]
     Word {
@@ -102,6 +108,7 @@ impl LabSpec {
             pods_per_node: 2,
             isolate: true,
             programs,
+            proxy_command: None,
             daemon_env: BTreeMap::new(),
             agent_args: Vec::new(),
             proxy_args: Vec::new(),
@@ -116,6 +123,9 @@ impl LabSpec {
         validate_name(&self.name)?;
         if !(2..=180).contains(&self.pods_per_node) {
             return Err(SpecError::PodsPerNode(self.pods_per_node));
+        }
+        if self.proxy_command.as_ref().is_some_and(Vec::is_empty) {
+            return Err(SpecError::ProxyCommand);
         }
         Ok(())
     }

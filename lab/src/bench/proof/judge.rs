@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::{Leg, PROOF_PORT, Proof, Seen, Statement};
 use crate::bench::case::Path;
 use crate::bench::pcap::{Capture, Flow, Volume};
+use crate::bench::relayed;
 use crate::bench::tap::Heard;
 use crate::bench::tls_records;
 use crate::bench::variant::Variant;
@@ -45,6 +46,8 @@ enum Privacy {
     Encrypted,
     /// The marker must be seen, or not seeing it elsewhere would mean nothing.
     Readable,
+    /// In the clear, but between relays only, each connection with its addresses in front.
+    Relayed,
     /// It is only counted what passes.
     Counted,
 }
@@ -67,6 +70,7 @@ impl Wire {
         match (self, variant) {
             (Self::Istioout | Self::Istioin, _) => Privacy::Counted,
             (_, Variant::None) => Privacy::Readable,
+            (_, Variant::Relay) => Privacy::Relayed,
             // The node captures what has left the pod: up to there it is in the clear, by design.
             (Self::ClientVeth, Variant::NodeHybrid | Variant::NodeTunnel) => Privacy::Readable,
             _ => Privacy::Encrypted,
@@ -105,7 +109,7 @@ pub fn is_complete(variant: Variant, wire: Wire, capture: &Capture, server: Ipv4
         (Wire::Istioout, Variant::NodeHybrid) => ways[0].syns >= CONNECTIONS,
         (Wire::Istioin, Variant::NodeHybrid) => ways[0].syns > 0,
         // Nothing should be there, which only time can tell.
-        (Wire::Istioout | Wire::Istioin, Variant::None | Variant::Inpod) => false,
+        (Wire::Istioout | Wire::Istioin, Variant::None | Variant::Relay | Variant::Inpod) => false,
         _ => ways.iter().all(|way| way.payload >= EXCHANGE),
     }
 }
@@ -135,6 +139,7 @@ pub fn judge(variant: Variant, path: Path, observed: &Observed) -> Proof {
         statements.extend(match wire.privacy(variant) {
             Privacy::Encrypted => read.encrypted(label),
             Privacy::Readable => vec![read.readable(label)],
+            Privacy::Relayed => relayed::statements(label, &heard.capture, &observed.marker),
             Privacy::Counted => Vec::new(),
         });
         statements.push(whole(label, wire.privacy(variant), heard));
@@ -335,7 +340,7 @@ fn through(variant: Variant, leg: &Leg, device: &str, begun: bool) -> Statement 
             ),
             begun && all(|share| share <= HYBRID_SHARE),
         ),
-        Variant::Inpod | Variant::None => {
+        Variant::Inpod | Variant::Relay | Variant::None => {
             (format!("nothing through {device}"), leg.segments == [0, 0])
         }
     };

@@ -81,7 +81,8 @@ fn good(variant: Variant) -> Observed {
             wires.push((Wire::Istioout, heard(PROOF_PORT, b"")));
             wires.push((Wire::Istioin, heard(TUNNEL_PORT, b"")));
         }
-        Variant::None | Variant::Inpod => {}
+        // What a relay's wires look like is the matter of `relayed`.
+        Variant::None | Variant::Relay | Variant::Inpod => {}
     }
     observed(wires)
 }
@@ -104,8 +105,8 @@ fn with(mut observed: Observed, wire: Wire, heard: Heard) -> Observed {
 
 #[test]
 fn each_variant_is_proven_by_its_own_picture_and_by_no_other() {
-    for lab in Variant::ALL {
-        for judged in Variant::ALL {
+    for lab in Variant::DEFAULT {
+        for judged in Variant::DEFAULT {
             let failed = failed(judged, &good(lab));
             assert_eq!(
                 failed.is_empty(),
