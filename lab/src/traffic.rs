@@ -54,6 +54,11 @@ pub struct ClientOptions {
     /// The check fails when it takes longer, in milliseconds.
     #[serde(default = "default_client_timeout")]
     pub timeout_ms: u64,
+    /// Port that the checks `who` and `marker` are made from. A port that nothing in the namespace has used lately shows
+    /// as it is behind a redirect; one that has, with another destination, may be changed by it: both connections lead to
+    /// the port of the redirect.
+    #[serde(default)]
+    pub from_port: Option<u16>,
     /// What to check.
     pub check: Check,
 }
@@ -159,6 +164,7 @@ impl TrafficCommand {
         TrafficCommand::Client(ClientOptions {
             to,
             timeout_ms: default_client_timeout(),
+            from_port: None,
             check,
         })
     }

@@ -206,6 +206,7 @@ fn check(
     let options = ClientOptions {
         to,
         timeout_ms: LIMIT_MILLIS,
+        from_port: None,
         check,
     };
     let outcome = lab.traffic(client, &options)?;

@@ -14,8 +14,10 @@ pub mod wire;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Deref;
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ use lab::traffic::{Check, ClientOptions, Outcome};
 
 use guardian::Guardian;
 
+/// Ports that checks are made from, one after the other: above those that the kernel gives to others.
+const CLIENT_PORTS: RangeInclusive<u16> = 61_000..=65_500;
 /// Longest that a check may take. Far over what it needs, so that a loaded machine fails nothing.
 const CHECK_LIMIT_MS: u64 = 60_000;
 /// Lines of each log that a failed scenario prints.
@@ -87,6 +91,7 @@ pub struct Stage {
     pub lab: Lab,
     servers: Mutex<BTreeMap<(String, u16), Background>>,
     guardian: Guardian,
+    checks: AtomicUsize,
     /// Held by whoever changes what all proxies know, or listens on a device for exactly its own traffic.
     pub quiet: Mutex<()>,
 }
@@ -166,6 +171,7 @@ impl Stage {
             lab,
             servers: Mutex::default(),
             guardian,
+            checks: AtomicUsize::new(0),
             quiet: Mutex::new(()),
         };
         let topology = stage.lab.topology();
@@ -235,12 +241,20 @@ impl Stage {
         )
     }
 
+    /// The port that was not used for longest.
+    fn client_port(&self) -> u16 {
+        let (first, count) = (*CLIENT_PORTS.start(), CLIENT_PORTS.len());
+        let checks = self.checks.fetch_add(1, Ordering::Relaxed);
+        first + u16::try_from(checks % count).unwrap()
+    }
+
     /// Makes a check from a target and returns what was found, good or bad.
     pub fn attempt(&self, from: &str, to: SocketAddr, check: Check, limit: Duration) -> Outcome {
         let timeout_ms = u64::try_from(limit.as_millis()).unwrap();
         let options = ClientOptions {
             to,
             timeout_ms,
+            from_port: Some(self.client_port()),
             check,
         };
         self.lab

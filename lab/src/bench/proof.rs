@@ -185,6 +185,7 @@ pub fn prove(lab: &Lab, variant: Variant, path: Path) -> Result<Proof> {
         let options = ClientOptions {
             to,
             timeout_ms: CHECK_LIMIT_MS,
+            from_port: None,
             check,
         };
         lab.traffic(CLIENT, &options)

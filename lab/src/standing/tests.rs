@@ -80,6 +80,7 @@ fn check(lab: &Lab, from: &str, to: impl Into<SocketAddr>, check: Check) -> Outc
     let options = ClientOptions {
         to: to.into(),
         timeout_ms: 10_000,
+        from_port: None,
         check,
     };
     lab.netns(from)

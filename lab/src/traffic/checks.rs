@@ -23,8 +23,8 @@ const SLOW_READ_EVERY_US: u64 = 1000;
 pub async fn perform(options: &ClientOptions) -> Result<Findings, Failure> {
     let to = options.to;
     match &options.check {
-        Check::Who => who(to).await,
-        Check::Marker { marker } => self::marker(to, marker.as_deref()).await,
+        Check::Who => who(options).await,
+        Check::Marker { marker } => self::marker(options, marker.as_deref()).await,
         Check::Exchange { up, down } => exchange(to, *up, *down).await,
         Check::HalfClose { bytes } => {
             let client_first = exchange(to, *bytes, *bytes).await?;
@@ -41,8 +41,9 @@ pub async fn perform(options: &ClientOptions) -> Result<Findings, Failure> {
     }
 }
 
-async fn who(to: SocketAddr) -> Result<Findings, Failure> {
-    let mut connection = Connection::request(to, &Request::Who).await?;
+async fn who(options: &ClientOptions) -> Result<Findings, Failure> {
+    let mut connection =
+        Connection::request_from(options.from_port, options.to, &Request::Who).await?;
     let local = local(&connection)?;
     let seen = connection.json().await?;
     connection.expect_end().await?;
@@ -53,12 +54,13 @@ async fn who(to: SocketAddr) -> Result<Findings, Failure> {
     })
 }
 
-async fn marker(to: SocketAddr, marker: Option<&str>) -> Result<Findings, Failure> {
+async fn marker(options: &ClientOptions, marker: Option<&str>) -> Result<Findings, Failure> {
     let marker = marker.map_or_else(
         || format!("marker-{:032x}", rand::random::<u128>()),
         str::to_owned,
     );
-    let mut connection = Connection::request(to, &Request::Echo).await?;
+    let mut connection =
+        Connection::request_from(options.from_port, options.to, &Request::Echo).await?;
     let line = format!("{marker}\n");
     connection
         .writer

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -89,12 +89,31 @@ pub struct Connection {
 impl Connection {
     /// Connects and asks for something.
     pub async fn request(to: SocketAddr, request: &Request) -> Result<Self, Failure> {
+        Self::request_from(None, to, request).await
+    }
+
+    /// Connects from this port, or from any, and asks for something.
+    pub async fn request_from(
+        port: Option<u16>,
+        to: SocketAddr,
+        request: &Request,
+    ) -> Result<Self, Failure> {
         let socket = if to.is_ipv4() {
             TcpSocket::new_v4()
         } else {
             TcpSocket::new_v6()
         };
         let socket = socket.map_err(Failure::during("make a socket"))?;
+        if let Some(port) = port {
+            let any: IpAddr = match to {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            socket
+                .set_reuseaddr(true)
+                .and_then(|()| socket.bind((any, port).into()))
+                .map_err(Failure::during(format!("bind to port {port}")))?;
+        }
         let stream = socket
             .connect(to)
             .await

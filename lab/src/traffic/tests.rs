@@ -64,12 +64,26 @@ fn who_reports_the_client_as_the_server_saw_it() {
 }
 
 #[test]
+fn a_check_may_say_from_which_port() {
+    let free = listener().local_addr().unwrap().port();
+    let options = ClientOptions {
+        to: server(),
+        timeout_ms: 10_000,
+        from_port: Some(free),
+        check: Check::Who,
+    };
+    let outcome = super::check(&options).unwrap();
+    assert_eq!(outcome.seen.map(|seen| seen.port()), Some(free));
+}
+
+#[test]
 fn nobody_listening_is_refused_and_a_silent_server_is_a_timeout() {
     let silent = listener();
     let to = silent.local_addr().unwrap();
     let options = ClientOptions {
         to,
         timeout_ms: 200,
+        from_port: None,
         check: Check::Who,
     };
     assert_eq!(super::check(&options).unwrap().saw, Some(Saw::Timeout));
