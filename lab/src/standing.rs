@@ -7,6 +7,7 @@
 mod build;
 mod cgroup;
 mod cni;
+mod crowd;
 mod daemons;
 mod demolish;
 mod lock;
@@ -179,6 +180,7 @@ impl Lab {
             spec,
             complete: false,
             generations: BTreeMap::new(),
+            created: BTreeMap::new(),
             processes: BTreeMap::new(),
         };
         record.store(&dir)?;
@@ -186,7 +188,7 @@ impl Lab {
     }
 
     fn with(dir: PathBuf, record: Record) -> Self {
-        let topology = Arc::new(Topology::new(&record.spec, &record.generations));
+        let topology = Arc::new(record.topology());
         Self {
             dir,
             inner: Mutex::new(Inner { record, topology }),
@@ -302,7 +304,7 @@ impl Lab {
         let mut record = Record::load(&self.dir)?.unwrap_or_else(|| inner.record.clone());
         change(&mut record);
         record.store(&self.dir)?;
-        inner.topology = Arc::new(Topology::new(&record.spec, &record.generations));
+        inner.topology = Arc::new(record.topology());
         inner.record = record;
         Ok(())
     }

@@ -42,6 +42,10 @@ pub const SERVICE_CIDR: &str = "10.96.0.0/16";
 pub const SERVICE_ENDPOINTS: [&str; 2] = ["pod1-2", "pod2-1"];
 /// Labs live in this directory, one directory each. It is on tmpfs on every distribution, so nothing outlives a reboot.
 pub const LABS_DIR: &str = "/run/ambidex-lab";
+/// Most pods that a node's prefix has addresses for, besides the one that is never captured.
+pub const MOST_PODS: u8 = 240;
+/// The last part of the address of the pod that is never captured.
+const PLAIN_OCTET: u8 = 200;
 /// Number of nodes. The wiring (one uplink) is for two.
 const NODES: u8 = 2;
 
@@ -128,8 +132,22 @@ impl Topology {
     /// The lab that `spec` describes. `generations` says how often each pod was created anew (absent: never), because
     /// a pod that comes back has another UID.
     pub fn new(spec: &LabSpec, generations: &BTreeMap<String, u32>) -> Self {
+        Self::grown(spec, generations, &BTreeMap::new())
+    }
+
+    /// The same lab after [`crate::standing::Lab::create_pods`]: `created` says how many pods came to each node, by its
+    /// index.
+    pub fn grown(
+        spec: &LabSpec,
+        generations: &BTreeMap<String, u32>,
+        created: &BTreeMap<u8, u8>,
+    ) -> Self {
         let nodes = (1..=NODES)
-            .map(|index| node(spec, index, generations))
+            .map(|index| {
+                let more = created.get(&index).copied().unwrap_or(0);
+                let pods = spec.pods_per_node.saturating_add(more);
+                node(spec, index, pods, generations)
+            })
             .collect();
         Self {
             lab: spec.name.clone(),
@@ -215,9 +233,9 @@ fn netns_name(lab: &str, target: &str) -> String {
     format!("{}{target}", netns_prefix(lab))
 }
 
-fn node(spec: &LabSpec, index: u8, generations: &BTreeMap<String, u32>) -> Node {
+fn node(spec: &LabSpec, index: u8, pods: u8, generations: &BTreeMap<String, u32>) -> Node {
     let lab = spec.name.as_str();
-    let mut pods: Vec<Pod> = (1..=spec.pods_per_node)
+    let mut pods: Vec<Pod> = (1..=pods)
         .map(|number| captured_pod(spec, index, number))
         .collect();
     pods.push(plain_pod(lab, index));
@@ -260,7 +278,7 @@ fn captured_pod(spec: &LabSpec, node: u8, number: u8) -> Pod {
         }
         .to_owned(),
         netns: netns_name(&spec.name, &name),
-        ip: Ipv4Addr::new(10, 244, node, 9 + number),
+        ip: Ipv4Addr::new(10, 244, node, last_octet(number)),
         veth: format!("vethp{number}"),
         capture: spec.mode.of_pod(&name),
         name,
@@ -269,13 +287,19 @@ fn captured_pod(spec: &LabSpec, node: u8, number: u8) -> Pod {
     }
 }
 
+/// Addresses of pods follow each other, around the one of the plain pod.
+fn last_octet(number: u8) -> u8 {
+    let octet = 9_u8.saturating_add(number);
+    octet.saturating_add(u8::from(octet >= PLAIN_OCTET))
+}
+
 fn plain_pod(lab: &str, node: u8) -> Pod {
     let name = format!("plain{node}");
     Pod {
         namespace: "alpha".to_owned(),
         service_account: "default".to_owned(),
         netns: netns_name(lab, &name),
-        ip: Ipv4Addr::new(10, 244, node, 200),
+        ip: Ipv4Addr::new(10, 244, node, PLAIN_OCTET),
         veth: "vethplain".to_owned(),
         capture: None,
         name,

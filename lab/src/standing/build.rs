@@ -140,13 +140,7 @@ impl Lab {
     /// A process that does nothing but hold the pod's namespace and be found in its control group, as the pause
     /// container on a cluster.
     fn start_pause(&self, pod: &Pod, progress: Progress<'_>) -> Result<()> {
-        let netns = self.netns(&pod.name)?;
-        let mut command = Command::new("sleep");
-        command.arg("infinity");
-        let child = process::spawn_detached(&netns, &command, Path::new("/dev/null"))?;
-        let process = i32::try_from(child.id()).ok().and_then(Process::of_pid);
-        let process =
-            process.with_context(|| format!("the pause process of {} ended at once", pod.name))?;
+        let process = self.spawn_pause(pod)?;
         self.change_record(|record| {
             record.processes.insert(pause_name(pod), process);
         })?;
@@ -159,7 +153,17 @@ impl Lab {
         Ok(())
     }
 
-    fn write_sysctl(&self, target: &str, key: &str, value: &str) -> Result<()> {
+    /// The process itself, which nothing knows yet.
+    pub(super) fn spawn_pause(&self, pod: &Pod) -> Result<Process> {
+        let netns = self.netns(&pod.name)?;
+        let mut command = Command::new("sleep");
+        command.arg("infinity");
+        let child = process::spawn_detached(&netns, &command, Path::new("/dev/null"))?;
+        let process = i32::try_from(child.id()).ok().and_then(Process::of_pid);
+        process.with_context(|| format!("the pause process of {} ended at once", pod.name))
+    }
+
+    pub(super) fn write_sysctl(&self, target: &str, key: &str, value: &str) -> Result<()> {
         sysctl::write(&self.netns(target)?, key, value).with_context(|| target.to_owned())
     }
 }
@@ -169,7 +173,7 @@ pub(super) fn pause_name(pod: &Pod) -> String {
     format!("pause {}", pod.name)
 }
 
-fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
+pub(super) fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
     Attachment {
         veth: &pod.veth,
         netns: &pod.netns,
@@ -178,7 +182,8 @@ fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
     }
 }
 
-fn ip_batch(netns: &str, batch: &str) -> Result<()> {
+/// One call of `ip` for many changes in a namespace.
+pub(super) fn ip_batch(netns: &str, batch: &str) -> Result<()> {
     let here = Netns::current()?;
     let mut command = Command::new("ip");
     command.args(["-netns", netns, "-batch", "-"]);

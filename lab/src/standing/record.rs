@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::process::Process;
-use crate::topology::LabSpec;
+use crate::topology::{LabSpec, Topology};
 
 const FILE: &str = "lab.json";
 
@@ -22,11 +22,19 @@ pub struct Record {
     pub complete: bool,
     /// How often each pod was created anew.
     pub generations: BTreeMap<String, u32>,
+    /// How many pods came to each node after the lab was built, by the node's index.
+    #[serde(default)]
+    pub created: BTreeMap<u8, u8>,
     /// Processes that belong to the lab by name: `agent1`, `proxy1`, `pause pod1-1`.
     pub processes: BTreeMap<String, Process>,
 }
 
 impl Record {
+    /// What the lab consists of.
+    pub fn topology(&self) -> Topology {
+        Topology::grown(&self.spec, &self.generations, &self.created)
+    }
+
     /// Reads the record in a lab's directory; `None` if there is none, or one that another version wrote.
     pub fn load(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(FILE);

@@ -185,6 +185,31 @@ fn lab_without_capture_carries_all_kinds_of_traffic_and_leaves_no_trace() {
 }
 
 #[test]
+fn pods_that_come_later_are_pods_like_the_others_and_go_with_the_lab() {
+    let (spec, _cleanup) = spec(Mode::None, no_programs());
+    let before = traces(&spec.name);
+    let lab = up(&spec, &quiet).unwrap();
+    assert_eq!(lab.create_pods(1, 2).unwrap(), ["pod1-3", "pod1-4"]);
+    let last = lab.create_pods(2, 20).unwrap().pop().unwrap();
+    assert_eq!(last, "pod2-22");
+    serve(&lab, &last, APPLICATION_PORT);
+    let to = SocketAddr::new(pod_ip(&lab, &last), APPLICATION_PORT);
+    assert_eq!(seen(&lab, "pod1-4", to), pod_ip(&lab, "pod1-4"));
+    assert_eq!(lab.status().first_broken(), None);
+    let state = fs::read_to_string(lab.workloads_path()).unwrap();
+    assert!(state.contains("10.244.2.31"), "{state}");
+    // Another process finds them, and there is an end to addresses.
+    let again = Lab::open(&spec.name).unwrap();
+    assert_eq!(again.topology().node(2).unwrap().pods.len(), 23);
+    let error = again.create_pods(2, 219).unwrap_err().to_string();
+    assert!(error.contains("at most 240"), "{error}");
+    lab.destroy_pod(&last).unwrap();
+    lab.create_pod(&last).unwrap();
+    lab.down().unwrap();
+    assert_eq!(traces(&spec.name), before);
+}
+
+#[test]
 fn up_again_finds_the_same_lab_and_refuses_another_one() {
     let (mut spec, _cleanup) = spec(Mode::None, no_programs());
     let first = up(&spec, &quiet).unwrap();

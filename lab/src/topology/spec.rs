@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::MOST_PODS;
+
 /// A lab as a user orders it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabSpec {
@@ -26,7 +28,7 @@ pub struct LabSpec {
     pub same_node: SameNode,
     /// How pods are connected to their node.
     pub cni: Cni,
-    /// Pods per node that are captured; one more that never is comes on top. 2 to 180.
+    /// Pods per node that are captured; one more that never is comes on top. 2 to 240.
     pub pods_per_node: u8,
     /// Agent and proxy each in a mount and a pid namespace of their own, as on a cluster.
     pub isolate: bool,
@@ -77,7 +79,7 @@ pub enum SpecError {
     #[error("lab name {0:?}: want 1 to 6 of a-z and 0-9")]
     Name(String),
     /// Too few pods for the service, or too many for the node's prefix.
-    #[error("{0} pods per node: want 2 to 180")]
+    #[error("{0} pods per node: want 2 to {MOST_PODS}")]
     PodsPerNode(u8),
     /// There is no program to run as proxy.
     #[error("the command of the proxy is empty: want a program and its arguments")]
@@ -121,7 +123,7 @@ impl LabSpec {
     /// Names the first setting that no lab can have.
     pub fn validate(&self) -> Result<(), SpecError> {
         validate_name(&self.name)?;
-        if !(2..=180).contains(&self.pods_per_node) {
+        if !(2..=MOST_PODS).contains(&self.pods_per_node) {
             return Err(SpecError::PodsPerNode(self.pods_per_node));
         }
         if self.proxy_command.as_ref().is_some_and(Vec::is_empty) {

@@ -15,7 +15,7 @@ fn topology(mode: Mode, pods: u8) -> Topology {
 
 #[test]
 fn names_and_addresses_are_unique_and_fit_the_kernel() {
-    let topology = topology(Mode::Mixed, 180);
+    let topology = topology(Mode::Mixed, MOST_PODS);
     let mut netns = BTreeSet::new();
     let mut ips = BTreeSet::new();
     let mut uids = BTreeSet::new();
