@@ -50,7 +50,7 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
         "--variants",
         "none,inpod",
         "--cases",
-        "cross-node/bulk,cross-node/newconn",
+        "cross-node/bulk1,cross-node/newconn",
     ];
     let Output {
         status,
@@ -82,12 +82,12 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
         })
         .collect();
     let expected = [
-        (0, "cross-node/bulk", "none"),
-        (0, "cross-node/bulk", "inpod"),
+        (0, "cross-node/bulk1", "none"),
+        (0, "cross-node/bulk1", "inpod"),
         (0, "cross-node/newconn", "none"),
         (0, "cross-node/newconn", "inpod"),
-        (1, "cross-node/bulk", "inpod"),
-        (1, "cross-node/bulk", "none"),
+        (1, "cross-node/bulk1", "inpod"),
+        (1, "cross-node/bulk1", "none"),
         (1, "cross-node/newconn", "inpod"),
         (1, "cross-node/newconn", "none"),
     ];
@@ -105,7 +105,7 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
             "{sample}"
         );
         assert!(cpu("machine_cpu") > cpu("proxies_cpu"), "{sample}");
-        let bulk = sample["case"] == "cross-node/bulk";
+        let bulk = sample["case"] == "cross-node/bulk1";
         assert_eq!(sample["latency_us"].is_null(), bulk, "{sample}");
     }
 
@@ -151,7 +151,7 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
             .collect();
         let median = f64::midpoint(of[0], of[1]);
         assert!((line["value"]["median"].as_f64().unwrap() - median).abs() < 1e-6);
-        let shown = if line["case"] == "cross-node/bulk" {
+        let shown = if line["case"] == "cross-node/bulk1" {
             format!("{median:.2}")
         } else {
             format!("{median:.0}")
@@ -184,7 +184,7 @@ fn an_interrupted_run_leaves_nothing_but_what_it_measured() {
         let out = tempfile::tempdir().unwrap();
         let arguments = ["--rounds", "50", "--seconds", "1", "--variants", "inpod"];
         let mut command = bench(&arguments, out.path());
-        command.args(["--cases", "cross-node/keepalive64"]);
+        command.args(["--cases", "cross-node/rr64"]);
         command.stderr(Stdio::piped()).stdout(Stdio::piped());
         let mut bench = Bench(command.spawn().unwrap());
         let mut stderr = BufReader::new(bench.0.stderr.take().unwrap());

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use harness::{Scene, own};
 use lab::bench::Path::{self, CrossNode, SameNode};
-use lab::bench::Variant::{self, Inpod, NodeHybrid, NodeTunnel, Relay};
+use lab::bench::Variant::{self, Inpod, NodeDirect, NodeHybrid, NodeTunnel, Relay};
 use lab::bench::proof::{Proof, prove, require};
 use lab::topology::Mode;
 
@@ -22,21 +22,21 @@ const CLIENT_ADDRESS: &str = "the server sees the client's address";
 /// On a wire where everything should be encrypted and nothing is.
 const CLEAR: [&str; 3] = [MARKER_HIDDEN, TLS, NOTHING_ELSE];
 
-fn lab(variant: Variant) -> Scene {
+fn lab(variant: &Variant) -> Scene {
     let mode = match variant {
         Variant::None => Mode::None,
-        NodeHybrid | NodeTunnel => Mode::Node,
-        Inpod | Relay => Mode::Inpod,
+        NodeHybrid | NodeTunnel | NodeDirect => Mode::Node,
+        Inpod | Relay | Variant::External(_) => Mode::Inpod,
     };
     let spec = harness::spec(mode);
     own(&variant.lab(spec.name, spec.overlay, spec.programs))
 }
 
-fn judged(scene: &Scene, variant: Variant, path: Path) -> Proof {
+fn judged(scene: &Scene, variant: &Variant, path: Path) -> Proof {
     prove(&scene.lab, variant, path).unwrap_or_else(|error| panic!("{variant} {path}: {error:#}"))
 }
 
-fn holds(scene: &Scene, variant: Variant) {
+fn holds(scene: &Scene, variant: &Variant) {
     for path in [CrossNode, SameNode] {
         let proof = judged(scene, variant, path);
         assert!(proof.holds(), "{proof}");
@@ -79,7 +79,7 @@ fn run(scene: &Scene, target: &str, script: &str) {
 }
 
 /// All proxies take all pods for uncaptured ones.
-fn without_tls(scene: &Scene, variant: Variant) -> Proof {
+fn without_tls(scene: &Scene, variant: &Variant) -> Proof {
     let _plain = scene.with_state(|state| {
         for workload in &mut state.workloads {
             workload.protocol = "TCP".to_owned();
@@ -90,37 +90,40 @@ fn without_tls(scene: &Scene, variant: Variant) -> Proof {
 
 #[test]
 fn no_mesh() {
-    let scene = lab(Variant::None);
-    holds(&scene, Variant::None);
-    fails(&judged(&scene, Inpod, CrossNode), &CLEAR);
-    fails(&judged(&scene, Inpod, SameNode), &CLEAR);
+    let scene = lab(&Variant::None);
+    holds(&scene, &Variant::None);
+    fails(&judged(&scene, &Inpod, CrossNode), &CLEAR);
+    fails(&judged(&scene, &Inpod, SameNode), &CLEAR);
     for node in [NodeHybrid, NodeTunnel] {
         let about = [&CLEAR[..], &[ISTIOOUT, ISTIOIN]].concat();
-        fails(&judged(&scene, node, CrossNode), &about);
+        fails(&judged(&scene, &node, CrossNode), &about);
     }
 }
 
 /// The bound is readable on the wire, and neither a mesh nor a direct connection.
 #[test]
 fn relay() {
-    let scene = lab(Relay);
-    holds(&scene, Relay);
-    let proof = judged(&scene, Inpod, CrossNode);
+    let scene = lab(&Relay);
+    holds(&scene, &Relay);
+    let proof = judged(&scene, &Inpod, CrossNode);
     assert!(!proof.holds(), "a relay is no mesh:\n{proof}");
-    let proof = judged(&scene, Relay, CrossNode);
+    let proof = judged(&scene, &Relay, CrossNode);
     assert!(proof.holds(), "{proof}");
-    let direct = lab(Variant::None);
-    let proof = judged(&direct, Relay, CrossNode);
+    let direct = lab(&Variant::None);
+    let proof = judged(&direct, &Relay, CrossNode);
     assert!(!proof.holds(), "a direct connection is no relay:\n{proof}");
 }
 
 #[test]
 fn inpod() {
-    let scene = lab(Inpod);
-    holds(&scene, Inpod);
-    fails(&judged(&scene, Variant::None, CrossNode), &[MARKER_VISIBLE]);
-    fails(&without_tls(&scene, Inpod), &CLEAR);
-    holds(&scene, Inpod);
+    let scene = lab(&Inpod);
+    holds(&scene, &Inpod);
+    fails(
+        &judged(&scene, &Variant::None, CrossNode),
+        &[MARKER_VISIBLE],
+    );
+    fails(&without_tls(&scene, &Inpod), &CLEAR);
+    holds(&scene, &Inpod);
 
     // The proxy's last hop, which is on the pod's loopback, loses the client's address.
     let masquerade = "POSTROUTING -o lo -p tcp --dport 8090 -j SNAT --to-source 10.244.2.10";
@@ -129,7 +132,7 @@ fn inpod() {
         "pod2-1",
         &format!("iptables -t nat -A {masquerade}"),
     );
-    fails(&judged(&scene, Inpod, CrossNode), &[CLIENT_ADDRESS]);
+    fails(&judged(&scene, &Inpod, CrossNode), &[CLIENT_ADDRESS]);
     run(
         &scene,
         "pod2-1",
@@ -143,21 +146,21 @@ fn inpod() {
         "rule=$(iptables -t nat -S ISTIO_OUTPUT | grep -e '--to-ports 15001'); \
          iptables -t nat -D ${rule#-A }",
     );
-    fails(&judged(&scene, Inpod, CrossNode), &CLEAR);
-    fails(&judged(&scene, Inpod, SameNode), &CLEAR);
+    fails(&judged(&scene, &Inpod, CrossNode), &CLEAR);
+    fails(&judged(&scene, &Inpod, SameNode), &CLEAR);
 }
 
 #[test]
 fn node_hybrid() {
-    node(NodeHybrid, NodeTunnel);
+    node(&NodeHybrid, &NodeTunnel);
 }
 
 #[test]
 fn node_tunnel() {
-    node(NodeTunnel, NodeHybrid);
+    node(&NodeTunnel, &NodeHybrid);
 }
 
-fn node(variant: Variant, other_flow: Variant) {
+fn node(variant: &Variant, other_flow: &Variant) {
     let scene = lab(variant);
     holds(&scene, variant);
     fails(&judged(&scene, other_flow, CrossNode), &[ISTIOOUT, ISTIOIN]);
@@ -169,7 +172,7 @@ fn node(variant: Variant, other_flow: Variant) {
         _ => &[ISTIOOUT],
     };
     let about = [&CLEAR[..], overlays].concat();
-    fails(&judged(&scene, Inpod, CrossNode), &about);
+    fails(&judged(&scene, &Inpod, CrossNode), &about);
 
     // The client's leg is captured as before; between the proxies there is no tunnel.
     let about = [&CLEAR[..], &[ISTIOIN]].concat();

@@ -1,7 +1,7 @@
 //! Side-by-side measurement: the same load through each capture, and through none, in interleaved rounds; with proof, from
 //! captured packets and device counters, of the path that the bytes took.
 //!
-//! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`load`] makes the traffic with iperf3 and wrk,
+//! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`stage`] is where, [`load`] makes the traffic with iperf3 and wrk,
 //! [`accounting`] reads CPU time and [`counters`] devices, [`proof`] judges captured packets ([`tap`], [`pcap`],
 //! [`tls_records`]), [`report`] keeps every sample, [`statistics`] and [`table`] print them.
 
@@ -9,6 +9,7 @@ pub mod accounting;
 pub mod case;
 pub mod counters;
 pub mod environment;
+pub mod external;
 pub mod interrupt;
 pub mod load;
 pub mod pcap;
@@ -16,6 +17,7 @@ pub mod proof;
 pub mod relayed;
 pub mod report;
 pub mod run;
+pub mod stage;
 pub mod statistics;
 pub mod table;
 pub mod tap;

@@ -25,7 +25,7 @@ pub(crate) struct BenchArgs {
     /// Variants, separated by commas: none, node-hybrid, node-tunnel, inpod (these by default), relay
     #[arg(long, value_delimiter = ',', value_name = "VARIANTS")]
     variants: Vec<Variant>,
-    /// Cases, separated by commas, such as cross-node/bulk or same-node/newconn
+    /// Cases, separated by commas, such as cross-node/bulk1 or same-node/newconn
     #[arg(long, value_delimiter = ',', value_name = "CASES")]
     cases: Vec<Case>,
     /// Rounds; in each one every variant is measured once in every case

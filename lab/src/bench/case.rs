@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::variant::Variant;
+
 /// Where client and server are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -37,35 +39,89 @@ impl fmt::Display for Path {
 /// The client's pod.
 pub const CLIENT: &str = "pod1-1";
 
+/// Which way the bytes of a bulk stream go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Way {
+    /// From client to server.
+    Up,
+    /// From server to client.
+    Down,
+}
+
 /// A kind of load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Load {
-    /// One TCP stream from client to server (iperf3).
-    Bulk,
-    /// 64 connections with requests one after the other (wrk against nginx).
-    KeepAlive,
-    /// A connection for each request, 16 at a time (wrk against nginx, `Connection: close`).
+    /// TCP streams (iperf3): `bulk1`, `bulk8-down`.
+    Bulk {
+        /// How many at once.
+        streams: u8,
+        /// Which way.
+        way: Way,
+    },
+    /// Requests one after the other on standing connections (wrk against nginx): `rr1`, `rr64`.
+    RequestResponse {
+        /// How many at once.
+        connections: u8,
+    },
+    /// A connection for each request, 16 at a time (wrk against nginx, `Connection: close`): `newconn`.
     NewConnections,
 }
 
+/// How long a sample of a load is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amount {
+    /// As many seconds as were ordered.
+    Seconds,
+    /// This many operations, however long they take.
+    Count(u32),
+}
+
 impl Load {
-    /// All.
-    pub const ALL: [Self; 3] = [Self::Bulk, Self::KeepAlive, Self::NewConnections];
+    /// All, in the order in which they are measured.
+    pub const ALL: [Self; 7] = [
+        Self::bulk(1, Way::Up),
+        Self::bulk(1, Way::Down),
+        Self::bulk(8, Way::Up),
+        Self::bulk(8, Way::Down),
+        Self::RequestResponse { connections: 1 },
+        Self::RequestResponse { connections: 64 },
+        Self::NewConnections,
+    ];
+
+    const fn bulk(streams: u8, way: Way) -> Self {
+        Self::Bulk { streams, way }
+    }
 
     /// Unit of the main result.
     pub fn unit(self) -> &'static str {
         match self {
-            Self::Bulk => "Gbit/s",
-            Self::KeepAlive => "req/s",
+            Self::Bulk { .. } => "Gbit/s",
+            Self::RequestResponse { .. } => "req/s",
             Self::NewConnections => "conn/s",
+        }
+    }
+
+    /// Whether more of the main result is better.
+    pub fn higher_is_better(self) -> bool {
+        match self {
+            Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections => true,
+        }
+    }
+
+    /// How long a sample is.
+    pub fn amount(self) -> Amount {
+        match self {
+            Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections => {
+                Amount::Seconds
+            }
         }
     }
 
     /// What CPU time is divided by.
     pub fn work_unit(self) -> &'static str {
         match self {
-            Self::Bulk => "GB",
-            Self::KeepAlive => "1,000 req",
+            Self::Bulk { .. } => "GB",
+            Self::RequestResponse { .. } => "1,000 req",
             Self::NewConnections => "1,000 conn",
         }
     }
@@ -73,31 +129,36 @@ impl Load {
     /// How many bytes or operations that is.
     pub fn work_unit_size(self) -> f64 {
         match self {
-            Self::Bulk => 1e9,
-            Self::KeepAlive | Self::NewConnections => 1e3,
+            Self::Bulk { .. } => 1e9,
+            Self::RequestResponse { .. } | Self::NewConnections => 1e3,
         }
     }
 
     /// A result with as many digits as mean something.
     pub fn show(self, value: f64) -> String {
         match self {
-            Self::Bulk => format!("{value:.2}"),
-            Self::KeepAlive | Self::NewConnections => format!("{value:.0}"),
+            Self::Bulk { .. } => format!("{value:.2}"),
+            Self::RequestResponse { .. } | Self::NewConnections => format!("{value:.0}"),
         }
     }
 }
 
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Bulk => "bulk",
-            Self::KeepAlive => "keepalive64",
-            Self::NewConnections => "newconn",
+        f.pad(&match self {
+            Self::Bulk { streams, way } => {
+                format!(
+                    "bulk{streams}{}",
+                    if *way == Way::Down { "-down" } else { "" }
+                )
+            }
+            Self::RequestResponse { connections } => format!("rr{connections}"),
+            Self::NewConnections => "newconn".to_owned(),
         })
     }
 }
 
-/// A load on a path. In JSON the same word as on the command line: `cross-node/bulk`.
+/// A load on a path. In JSON the same word as on the command line: `cross-node/bulk1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Case {
@@ -116,12 +177,56 @@ impl Case {
             .collect()
     }
 
-    /// The cases of the quick run: all across nodes, and the bulk stream on one node.
+    /// The cases of the quick run: a stream, requests and connections across nodes, and the stream on one node.
     pub fn quick() -> Vec<Self> {
-        Self::all()
-            .into_iter()
-            .filter(|case| case.path == Path::CrossNode || case.load == Load::Bulk)
-            .collect()
+        let stream = Load::bulk(1, Way::Up);
+        let case = |path, load| Self { path, load };
+        vec![
+            case(Path::CrossNode, stream),
+            case(Path::CrossNode, Load::RequestResponse { connections: 64 }),
+            case(Path::CrossNode, Load::NewConnections),
+            case(Path::SameNode, stream),
+        ]
+    }
+
+    /// The cases of the full run: what the quick run has, on both paths.
+    pub fn full() -> Vec<Self> {
+        let quick: Vec<Load> = Self::quick().iter().map(|case| case.load).collect();
+        let mut cases = Self::all();
+        cases.retain(|case| quick.contains(&case.load));
+        cases
+    }
+
+    /// Whether there is anything to measure: a variant that does not have what the case is about has no samples of it.
+    pub fn applies_to(self, _variant: &Variant) -> bool {
+        match self.load {
+            Load::Bulk { .. } | Load::RequestResponse { .. } | Load::NewConnections => true,
+        }
+    }
+
+    /// Unit of the main result.
+    pub fn unit(self) -> &'static str {
+        self.load.unit()
+    }
+
+    /// Whether more of the main result is better.
+    pub fn higher_is_better(self) -> bool {
+        self.load.higher_is_better()
+    }
+
+    /// What CPU time is divided by.
+    pub fn work_unit(self) -> &'static str {
+        self.load.work_unit()
+    }
+
+    /// How long a sample is.
+    pub fn amount(self) -> Amount {
+        self.load.amount()
+    }
+
+    /// A result with as many digits as mean something.
+    pub fn show(self, value: f64) -> String {
+        self.load.show(value)
     }
 }
 

@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use host_net::netns::Netns;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::case::Load;
+use super::case::{Load, Way};
 use super::interrupt;
 use crate::topology::APPLICATION_PORT;
 
@@ -26,7 +27,7 @@ const ENDS_WITHIN: Duration = Duration::from_secs(3);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// What one run of a tool found.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
     /// In the case's unit: Gbit/s, requests/s, connections/s.
     pub value: f64,
@@ -34,8 +35,21 @@ pub struct Measured {
     pub work: f64,
     /// Failed requests; a sample with any is not a sample.
     pub errors: u64,
-    /// Latency in microseconds at the 50th and 99th percentile, where the tool tells.
-    pub latency_us: Option<(f64, f64)>,
+    /// Latency in microseconds, where the tool tells.
+    pub latency_us: Option<Latency>,
+    /// Numbers that the case has beyond these, with their unit in the name: `rss_kib`.
+    pub extra: BTreeMap<String, f64>,
+}
+
+/// Percentiles of a latency, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// The 50th.
+    pub p50: f64,
+    /// The 99th.
+    pub p99: f64,
+    /// The 99.9th, where it can be told.
+    pub p999: Option<f64>,
 }
 
 /// A process that ends with its guard.
@@ -113,10 +127,11 @@ fn spawn(
 pub fn output_of(
     netns: &Netns,
     program: &str,
-    arguments: &[&str],
+    arguments: &[impl AsRef<str>],
     limit: Duration,
 ) -> Result<String> {
-    let mut child = spawn(netns, program, arguments, Stdio::piped, Stdio::piped)?;
+    let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
+    let mut child = spawn(netns, program, &arguments, Stdio::piped, Stdio::piped)?;
     let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
     let mut running = Running(child);
     let deadline = Instant::now() + limit;
@@ -229,62 +244,38 @@ pub fn listening(netns: &Netns, ports: &[u16]) -> Result<bool> {
 /// Runs one load for `seconds` from the client's namespace.
 pub fn run(load: Load, client: &Netns, server: Ipv4Addr, seconds: u64) -> Result<Measured> {
     let limit = Duration::from_secs(seconds) + GRACE;
-    let duration = seconds.to_string();
-    let url = format!("http://{server}:{APPLICATION_PORT}/");
-    let wrk_time = format!("{seconds}s");
     match load {
-        Load::Bulk => {
-            let (server, port) = (server.to_string(), BULK_PORT.to_string());
-            let arguments = [
-                "-c",
-                &server,
-                "-p",
-                &port,
-                "-t",
-                &duration,
-                "-J",
-                "--connect-timeout",
-                "5000",
-            ];
+        Load::Bulk { streams, way } => {
+            let mut arguments = vec!["-c".to_owned(), server.to_string()];
+            arguments.extend(["-p".to_owned(), BULK_PORT.to_string()]);
+            arguments.extend(["-P".to_owned(), streams.to_string()]);
+            arguments.extend(["-t".to_owned(), seconds.to_string()]);
+            arguments.extend(["-J", "--connect-timeout", "5000"].map(str::to_owned));
+            if way == Way::Down {
+                arguments.push("-R".to_owned());
+            }
             iperf3_result(&output_of(client, "iperf3", &arguments, limit)?)
         }
-        Load::KeepAlive => wrk_result(&output_of(
-            client,
-            "wrk",
-            &[
-                "-t",
-                "1",
-                "-c",
-                "64",
-                "-d",
-                &wrk_time,
-                "--timeout",
-                "5s",
-                "--latency",
-                &url,
-            ],
-            limit,
-        )?),
-        Load::NewConnections => wrk_result(&output_of(
-            client,
-            "wrk",
-            &[
-                "-t",
-                "1",
-                "-c",
-                "16",
-                "-d",
-                &wrk_time,
-                "--timeout",
-                "5s",
-                "--latency",
-                "-H",
-                "Connection: close",
-                &url,
-            ],
-            limit,
-        )?),
+        Load::RequestResponse { connections } => wrk(client, server, connections, seconds, &[]),
+        Load::NewConnections => wrk(client, server, 16, seconds, &["-H", "Connection: close"]),
     }
+}
+
+fn wrk(
+    client: &Netns,
+    server: Ipv4Addr,
+    connections: u8,
+    seconds: u64,
+    more: &[&str],
+) -> Result<Measured> {
+    let mut arguments = vec!["-t".to_owned(), "1".to_owned()];
+    arguments.extend(["-c".to_owned(), connections.to_string()]);
+    arguments.extend(["-d".to_owned(), format!("{seconds}s")]);
+    arguments.extend(["--timeout", "5s", "--latency"].map(str::to_owned));
+    arguments.extend(more.iter().map(|&word| word.to_owned()));
+    arguments.push(format!("http://{server}:{APPLICATION_PORT}/"));
+    let limit = Duration::from_secs(seconds) + GRACE;
+    wrk_result(&output_of(client, "wrk", &arguments, limit)?)
 }
 
 fn iperf3_result(text: &str) -> Result<Measured> {
@@ -304,6 +295,7 @@ fn iperf3_result(text: &str) -> Result<Measured> {
         work: bytes,
         errors: 0,
         latency_us: None,
+        extra: BTreeMap::new(),
     })
 }
 
@@ -333,7 +325,11 @@ fn wrk_result(text: &str) -> Result<Measured> {
         errors += line.parse::<u64>()?;
     }
     let latency_us = match (after("50%"), after("99%")) {
-        (Some(median), Some(tail)) => Some((microseconds(median)?, microseconds(tail)?)),
+        (Some(median), Some(tail)) => Some(Latency {
+            p50: microseconds(median)?,
+            p99: microseconds(tail)?,
+            p999: None,
+        }),
         _ => None,
     };
     Ok(Measured {
@@ -341,6 +337,7 @@ fn wrk_result(text: &str) -> Result<Measured> {
         work: requests,
         errors,
         latency_us,
+        extra: BTreeMap::new(),
     })
 }
 
@@ -370,7 +367,8 @@ mod tests {
             (measured.value, measured.work, measured.errors),
             (12340.5, 12345.0, 4)
         );
-        assert_eq!(measured.latency_us, Some((1050.0, 890.0)));
+        let latency = measured.latency_us.unwrap();
+        assert_eq!((latency.p50, latency.p99), (1050.0, 890.0));
         assert!(wrk_result("unable to connect").is_err());
     }
 

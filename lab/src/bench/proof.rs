@@ -160,7 +160,7 @@ pub fn require(proofs: &[Proof]) -> Result<()> {
 ///
 /// # Errors
 /// When the proof cannot be made. A proof that does not hold is not an error: [`Proof::holds`].
-pub fn prove(lab: &Lab, variant: Variant, path: Path) -> Result<Proof> {
+pub fn prove(lab: &Lab, variant: &Variant, path: Path) -> Result<Proof> {
     let topology = lab.topology();
     let pod = |name: &str| -> Result<(&Node, &Pod)> {
         topology
@@ -248,7 +248,7 @@ fn open(name: &str) -> Result<Netns> {
 
 /// What is listened on: the wire, the namespace and the device.
 fn wires(
-    variant: Variant,
+    variant: &Variant,
     path: Path,
     client_node: &Node,
     client: &Pod,

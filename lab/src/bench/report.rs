@@ -1,5 +1,6 @@
 //! Results: results.json with every sample.
 
+use std::collections::BTreeMap;
 use std::path::Path as FilePath;
 
 use anyhow::{Context, Result};
@@ -9,6 +10,7 @@ use super::accounting::Cpu;
 use super::case::Case;
 use super::counters::Counters;
 use super::environment::Environment;
+use super::load::Latency;
 use super::proof::Proof;
 use super::run::BenchSpec;
 use super::statistics::Summary;
@@ -33,8 +35,10 @@ pub struct Sample {
     pub value: f64,
     /// Work done: bytes or requests.
     pub work: f64,
-    /// Latency at the 50th and 99th percentile, in microseconds.
-    pub latency_us: Option<(f64, f64)>,
+    /// Latency, where the case has one.
+    pub latency_us: Option<Latency>,
+    /// Numbers that the case has beyond these, with their unit in the name.
+    pub extra: BTreeMap<String, f64>,
     /// CPU time of both proxies, in seconds. Work of the kernel in interrupts is not in it.
     pub proxies_cpu: Cpu,
     /// CPU time of the whole machine, in seconds: clients and servers, too.
@@ -69,7 +73,7 @@ pub enum Ended {
 }
 
 /// What the samples of a variant in a case come to.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
     /// Case.
     pub case: Case,
@@ -81,8 +85,8 @@ pub struct Line {
     pub value: Summary,
     /// Median relative to the median of no mesh in the same case.
     pub ratio_to_none: Option<f64>,
-    /// Latency at the 50th and 99th percentile in microseconds: medians of the samples'.
-    pub latency_us: Option<(f64, f64)>,
+    /// Medians of the samples' percentiles of latency.
+    pub latency_us: Option<Latency>,
     /// CPU seconds of the proxies per GB, or per 1,000 operations.
     pub proxies_cpu: Option<Summary>,
     /// CPU seconds of the machine per GB, or per 1,000 operations.
@@ -156,10 +160,10 @@ impl Report {
             .with_context(|| format!("write {}", path.display()))
     }
 
-    fn of(&self, variant: Variant, case: Case) -> Vec<&Sample> {
+    fn of(&self, variant: &Variant, case: Case) -> Vec<&Sample> {
         self.samples
             .iter()
-            .filter(|sample| sample.variant == variant && sample.case == case)
+            .filter(|sample| sample.variant == *variant && sample.case == case)
             .collect()
     }
 
@@ -167,8 +171,8 @@ impl Report {
     pub fn summarize(&self) -> Vec<Line> {
         let mut lines = Vec::new();
         for &case in &self.cases {
-            let none = summary(&self.of(Variant::None, case), |sample| Some(sample.value));
-            for &variant in &self.variants {
+            let none = summary(&self.of(&Variant::None, case), |sample| Some(sample.value));
+            for variant in &self.variants {
                 let samples = self.of(variant, case);
                 let per_unit = |cpu: fn(&Sample) -> Cpu| {
                     summary(&samples, |sample| {
@@ -181,19 +185,24 @@ impl Report {
                 ) else {
                     continue;
                 };
-                let latency = |percentile: fn((f64, f64)) -> f64| {
-                    summary(&samples, |sample| sample.latency_us.map(percentile))
+                let latency = |percentile: fn(Latency) -> Option<f64>| {
+                    summary(&samples, |sample| percentile(sample.latency_us?))
+                        .map(|percentiles| percentiles.median)
                 };
                 lines.push(Line {
                     case,
-                    variant,
+                    variant: variant.clone(),
                     samples: samples.len(),
                     value,
                     ratio_to_none: none.map(|none| value.median / none.median),
-                    latency_us: latency(|both| both.0)
-                        .zip(latency(|both| both.1))
-                        .map(|(median, tail)| (median.median, tail.median)),
-                    proxies_cpu: (variant != Variant::None)
+                    latency_us: latency(|latency| Some(latency.p50))
+                        .zip(latency(|latency| Some(latency.p99)))
+                        .map(|(p50, p99)| Latency {
+                            p50,
+                            p99,
+                            p999: latency(|latency| latency.p999),
+                        }),
+                    proxies_cpu: (*variant != Variant::None)
                         .then(|| per_unit(|sample| sample.proxies_cpu))
                         .flatten(),
                     machine_cpu,

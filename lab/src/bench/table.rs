@@ -2,6 +2,7 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
+use super::load::Latency;
 use super::proof::{Leg, Proof};
 use super::report::Report;
 use super::variant::Variant;
@@ -65,33 +66,36 @@ pub fn results(report: &Report) -> String {
         "OF NONE",
         "P50 us",
         "P99 us",
+        "P99.9 us",
         "PROXIES CPU s",
         "MACHINE CPU s",
         "PER",
     ]);
     for line in report.summarize() {
-        let show = |value| line.case.load.show(value);
-        let latency = |percentile: fn((f64, f64)) -> f64| {
+        let show = |value| line.case.show(value);
+        let latency = |percentile: fn(Latency) -> Option<f64>| {
             line.latency_us
-                .map_or_else(dash, |both| format!("{:.0}", percentile(both)))
+                .and_then(percentile)
+                .map_or_else(dash, |value| format!("{value:.0}"))
         };
         table.add_row([
             line.case.to_string(),
             line.variant.to_string(),
             show(line.value.median),
             format!("{}-{}", show(line.value.min), show(line.value.max)),
-            line.case.load.unit().to_owned(),
+            line.case.unit().to_owned(),
             line.ratio_to_none
                 .map_or_else(dash, |ratio| format!("{ratio:.2}")),
-            latency(|both| both.0),
-            latency(|both| both.1),
+            latency(|latency| Some(latency.p50)),
+            latency(|latency| Some(latency.p99)),
+            latency(|latency| latency.p999),
             line.proxies_cpu
                 .map_or_else(dash, |cpu| format!("{:.3}", cpu.median)),
             format!("{:.3}", line.machine_cpu.median),
-            line.case.load.work_unit().to_owned(),
+            line.case.work_unit().to_owned(),
         ]);
     }
-    for index in [2, 3, 5, 6, 7, 8, 9] {
+    for index in [2, 3, 5, 6, 7, 8, 9, 10] {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -194,7 +198,7 @@ mod tests {
     fn medians_and_ratios_come_from_the_samples() {
         let case = Case {
             path: Path::CrossNode,
-            load: Load::Bulk,
+            load: Load::ALL[0],
         };
         let spec = BenchSpec {
             variants: vec![Variant::None, Variant::Inpod],
@@ -213,13 +217,14 @@ mod tests {
         ] {
             for (round, value) in values.into_iter().enumerate() {
                 report.samples.push(Sample {
-                    variant,
+                    variant: variant.clone(),
                     case,
                     round,
                     begun_seconds: 0.0,
                     value,
                     work: 2e9,
                     latency_us: None,
+                    extra: Default::default(),
                     proxies_cpu: Cpu {
                         user: 1.0,
                         system: 2.0,
@@ -236,7 +241,7 @@ mod tests {
                 });
             }
         }
-        let line = report.summarize()[1];
+        let line = report.summarize()[1].clone();
         assert_eq!((line.samples, line.ratio_to_none), (3, Some(0.5)));
         let text = results(&report);
         let line = text.lines().find(|line| line.contains("inpod")).unwrap();

@@ -66,13 +66,15 @@ impl Wire {
         }
     }
 
-    fn privacy(self, variant: Variant) -> Privacy {
+    fn privacy(self, variant: &Variant) -> Privacy {
         match (self, variant) {
             (Self::Istioout | Self::Istioin, _) => Privacy::Counted,
             (_, Variant::None) => Privacy::Readable,
             (_, Variant::Relay) => Privacy::Relayed,
             // The node captures what has left the pod: up to there it is in the clear, by design.
-            (Self::ClientVeth, Variant::NodeHybrid | Variant::NodeTunnel) => Privacy::Readable,
+            (Self::ClientVeth, Variant::NodeHybrid | Variant::NodeTunnel | Variant::NodeDirect) => {
+                Privacy::Readable
+            }
             _ => Privacy::Encrypted,
         }
     }
@@ -100,22 +102,25 @@ pub struct Observed {
 }
 
 /// Whether a capture has as much as this wire should carry with this variant, so that there is nothing to wait for.
-pub fn is_complete(variant: Variant, wire: Wire, capture: &Capture, server: Ipv4Addr) -> bool {
+pub fn is_complete(variant: &Variant, wire: Wire, capture: &Capture, server: Ipv4Addr) -> bool {
     let ways = [
         capture.volume(|flow| *flow.to.ip() == server),
         capture.volume(|flow| *flow.from.ip() == server),
     ];
     match (wire, variant) {
-        (Wire::Istioout, Variant::NodeHybrid) => ways[0].syns >= CONNECTIONS,
-        (Wire::Istioin, Variant::NodeHybrid) => ways[0].syns > 0,
+        (Wire::Istioout, Variant::NodeHybrid | Variant::NodeDirect) => ways[0].syns >= CONNECTIONS,
+        (Wire::Istioin, Variant::NodeHybrid | Variant::NodeDirect) => ways[0].syns > 0,
         // Nothing should be there, which only time can tell.
-        (Wire::Istioout | Wire::Istioin, Variant::None | Variant::Relay | Variant::Inpod) => false,
+        (
+            Wire::Istioout | Wire::Istioin,
+            Variant::None | Variant::Relay | Variant::Inpod | Variant::External(_),
+        ) => false,
         _ => ways.iter().all(|way| way.payload >= EXCHANGE),
     }
 }
 
 /// Makes the statements.
-pub fn judge(variant: Variant, path: Path, observed: &Observed) -> Proof {
+pub fn judge(variant: &Variant, path: Path, observed: &Observed) -> Proof {
     let mut statements = vec![
         Statement {
             claim: "traffic passes, every byte verified".to_owned(),
@@ -161,7 +166,7 @@ pub fn judge(variant: Variant, path: Path, observed: &Observed) -> Proof {
         statements.push(through_istioin(variant, leg, observed));
     }
     Proof {
-        variant,
+        variant: variant.clone(),
         path,
         statements,
         client_seen: observed.client_seen,
@@ -305,12 +310,12 @@ fn leg(observed: &Observed, reference: Wire, overlay: Wire, port: u16) -> Leg {
     }
 }
 
-fn through_istioout(variant: Variant, leg: &Leg) -> Statement {
+fn through_istioout(variant: &Variant, leg: &Leg) -> Statement {
     let begun = leg.syns >= CONNECTIONS;
     through(variant, leg, "istioout on the client's node", begun)
 }
 
-fn through_istioin(variant: Variant, leg: &Leg, observed: &Observed) -> Statement {
+fn through_istioin(variant: &Variant, leg: &Leg, observed: &Observed) -> Statement {
     // A tunnel that stood before the proof began through the overlay, or never.
     let begun = if leg.reference_syns > 0 {
         leg.syns > 0
@@ -320,7 +325,7 @@ fn through_istioin(variant: Variant, leg: &Leg, observed: &Observed) -> Statemen
     through(variant, leg, "istioin on the server's node", begun)
 }
 
-fn through(variant: Variant, leg: &Leg, device: &str, begun: bool) -> Statement {
+fn through(variant: &Variant, leg: &Leg, device: &str, begun: bool) -> Statement {
     let shares = leg.shares();
     // A share of the few bytes that an idle tunnel carries says nothing about what was sent.
     let enough = leg.payload.iter().all(|bytes| *bytes >= EXCHANGE);
@@ -333,14 +338,14 @@ fn through(variant: Variant, leg: &Leg, device: &str, begun: bool) -> Statement 
             ),
             all(|share| share >= TUNNEL_SHARE),
         ),
-        Variant::NodeHybrid => (
+        Variant::NodeHybrid | Variant::NodeDirect => (
             format!(
                 "the SYN, and at most {:.0} % of the payload, through {device}",
                 HYBRID_SHARE * 100.0
             ),
             begun && all(|share| share <= HYBRID_SHARE),
         ),
-        Variant::Inpod | Variant::Relay | Variant::None => {
+        Variant::Inpod | Variant::Relay | Variant::None | Variant::External(_) => {
             (format!("nothing through {device}"), leg.segments == [0, 0])
         }
     };

@@ -63,7 +63,7 @@ fn observed(wires: Vec<(Wire, Heard)>) -> Observed {
 }
 
 /// What a correct lab of this variant looks like across nodes.
-fn good(variant: Variant) -> Observed {
+fn good(variant: &Variant) -> Observed {
     let mut wires = vec![match variant {
         Variant::None => (Wire::Uplink, heard(PROOF_PORT, &clear())),
         _ => (Wire::Uplink, heard(TUNNEL_PORT, &tls())),
@@ -77,18 +77,18 @@ fn good(variant: Variant) -> Observed {
             wires.push((Wire::Istioout, heard(PROOF_PORT, &clear())));
             wires.push((Wire::Istioin, heard(TUNNEL_PORT, &tls())));
         }
-        Variant::NodeHybrid => {
+        Variant::NodeHybrid | Variant::NodeDirect => {
             wires.push((Wire::Istioout, heard(PROOF_PORT, b"")));
             wires.push((Wire::Istioin, heard(TUNNEL_PORT, b"")));
         }
         // What a relay's wires look like is the matter of `relayed`.
-        Variant::None | Variant::Relay | Variant::Inpod => {}
+        Variant::None | Variant::Relay | Variant::Inpod | Variant::External(_) => {}
     }
     observed(wires)
 }
 
 /// The claims that do not hold.
-fn failed(variant: Variant, observed: &Observed) -> Vec<String> {
+fn failed(variant: &Variant, observed: &Observed) -> Vec<String> {
     let proof = judge(variant, Path::CrossNode, observed);
     proof
         .failed()
@@ -107,7 +107,7 @@ fn with(mut observed: Observed, wire: Wire, heard: Heard) -> Observed {
 fn each_variant_is_proven_by_its_own_picture_and_by_no_other() {
     for lab in Variant::DEFAULT {
         for judged in Variant::DEFAULT {
-            let failed = failed(judged, &good(lab));
+            let failed = failed(&judged, &good(&lab));
             assert_eq!(
                 failed.is_empty(),
                 lab == judged,
@@ -121,8 +121,8 @@ fn each_variant_is_proven_by_its_own_picture_and_by_no_other() {
 fn only_tls_on_15008_and_all_of_it_is_a_proof() {
     let inpod = |heard| {
         failed(
-            Variant::Inpod,
-            &with(good(Variant::Inpod), Wire::Uplink, heard),
+            &Variant::Inpod,
+            &with(good(&Variant::Inpod), Wire::Uplink, heard),
         )
     };
     assert_eq!(
@@ -154,9 +154,9 @@ fn a_capture_that_missed_packets_is_no_proof() {
     let mut gaps = heard(TUNNEL_PORT, &tls());
     gaps.capture.beyond_gaps = 1;
     for missed in [dropped, gaps] {
-        let observed = with(good(Variant::Inpod), Wire::Uplink, missed);
+        let observed = with(good(&Variant::Inpod), Wire::Uplink, missed);
         assert_eq!(
-            failed(Variant::Inpod, &observed),
+            failed(&Variant::Inpod, &observed),
             ["Uplink: no packet was missed"]
         );
     }
@@ -164,16 +164,16 @@ fn a_capture_that_missed_packets_is_no_proof() {
 
 #[test]
 fn traffic_and_the_clients_address_are_judged() {
-    let mut masqueraded = good(Variant::NodeHybrid);
+    let mut masqueraded = good(&Variant::NodeHybrid);
     masqueraded.client_seen = Some(Ipv4Addr::new(10, 244, 2, 1).into());
     assert_eq!(
-        failed(Variant::NodeHybrid, &masqueraded),
+        failed(&Variant::NodeHybrid, &masqueraded),
         ["the server sees the client's address 10.244.1.10"]
     );
-    let mut broken = good(Variant::NodeHybrid);
+    let mut broken = good(&Variant::NodeHybrid);
     broken.failure = Some("reset".to_owned());
     assert_eq!(
-        failed(Variant::NodeHybrid, &broken),
+        failed(&Variant::NodeHybrid, &broken),
         ["traffic passes, every byte verified"]
     );
 }
@@ -186,9 +186,9 @@ fn one_way_of_a_tunnel_past_the_overlay_is_no_tunnel() {
             volume.payload /= 2;
         }
     }
-    let observed = with(good(Variant::NodeTunnel), Wire::Istioin, half);
+    let observed = with(good(&Variant::NodeTunnel), Wire::Istioin, half);
     assert_eq!(
-        failed(Variant::NodeTunnel, &observed),
+        failed(&Variant::NodeTunnel, &observed),
         ["at least 95 % of the payload through istioin on the server's node"]
     );
 }
@@ -196,7 +196,7 @@ fn one_way_of_a_tunnel_past_the_overlay_is_no_tunnel() {
 #[test]
 fn a_share_of_nearly_nothing_is_no_proof() {
     for variant in [Variant::NodeHybrid, Variant::NodeTunnel] {
-        let mut observed = good(variant);
+        let mut observed = good(&variant);
         for (wire, _, heard) in &mut observed.wires {
             if matches!(wire, Wire::Uplink | Wire::Istioin) {
                 for volume in heard.capture.volumes.values_mut() {
@@ -204,7 +204,7 @@ fn a_share_of_nearly_nothing_is_no_proof() {
                 }
             }
         }
-        let failed = failed(variant, &observed).join("; ");
+        let failed = failed(&variant, &observed).join("; ");
         assert!(failed.contains("through istioin"), "{variant}: {failed}");
     }
 }
@@ -212,8 +212,8 @@ fn a_share_of_nearly_nothing_is_no_proof() {
 #[test]
 fn a_hybrid_connection_must_begin_in_the_overlay() {
     let claim = "the SYN, and at most 1 % of the payload, through istioin on the server's node";
-    let mut observed = with(good(Variant::NodeHybrid), Wire::Istioin, Heard::default());
-    assert_eq!(failed(Variant::NodeHybrid, &observed), [claim]);
+    let mut observed = with(good(&Variant::NodeHybrid), Wire::Istioin, Heard::default());
+    assert_eq!(failed(&Variant::NodeHybrid, &observed), [claim]);
     // A tunnel from before has no SYN to be seen; then packets must have passed at some time.
     for (wire, _, heard) in &mut observed.wires {
         if *wire == Wire::Uplink {
@@ -224,7 +224,7 @@ fn a_hybrid_connection_must_begin_in_the_overlay() {
                 .for_each(|volume| volume.syns = 0);
         }
     }
-    assert_eq!(failed(Variant::NodeHybrid, &observed), [claim]);
+    assert_eq!(failed(&Variant::NodeHybrid, &observed), [claim]);
     observed.istioin_ever = 1;
-    assert!(failed(Variant::NodeHybrid, &observed).is_empty());
+    assert!(failed(&Variant::NodeHybrid, &observed).is_empty());
 }

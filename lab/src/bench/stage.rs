@@ -1,0 +1,244 @@
+//! A lab of one variant with its servers, and a sample taken in it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::accounting::{self, Cpu};
+use super::case::{CLIENT, Case, Load, Path, Way};
+use super::counters::{self, Counters, ISTIOIN, ISTIOOUT};
+use super::interrupt;
+use super::load::{self, Servers};
+use super::report::Sample;
+use super::run::BenchSpec;
+use super::variant::Variant;
+use crate::standing::{self, Daemon, ScopedLab};
+use crate::topology::LabSpec;
+
+/// Of a bulk stream with the flow `tunnel`, at least this share passes through `istioout` while it is measured.
+const TUNNEL_SHARE: f64 = 0.95;
+/// With the flow `hybrid`, at most this share. Retransmitted first packets count.
+const HYBRID_SHARE: f64 = 0.01;
+
+/// A lab with its servers.
+#[derive(Debug)]
+pub struct Stage {
+    /// What is measured in it.
+    pub variant: Variant,
+    // Servers end before the lab is removed: fields are dropped in this order.
+    _servers: Vec<Servers>,
+    /// The lab.
+    pub lab: ScopedLab,
+}
+
+impl Stage {
+    /// Builds the lab of a variant and starts the servers in it.
+    ///
+    /// # Errors
+    /// When the lab cannot be built or a server does not listen.
+    pub fn new(variant: &Variant, spec: &BenchSpec) -> Result<Self> {
+        let lab_spec = variant.lab(LabSpec::unique_name(), spec.overlay, spec.programs.clone());
+        let lab = standing::up(&lab_spec, &|_| {})?.scoped();
+        let mut servers = Vec::new();
+        for path in [Path::CrossNode, Path::SameNode] {
+            let directory = lab.dir().join("servers").join(path.server());
+            servers.push(Servers::start(&lab.netns(path.server())?, &directory)?);
+        }
+        let stage = Self {
+            variant: variant.clone(),
+            _servers: servers,
+            lab,
+        };
+        stage.wait_for_servers()?;
+        Ok(stage)
+    }
+
+    /// Waits until all servers of all pods listen.
+    fn wait_for_servers(&self) -> Result<()> {
+        let wanted = [load::BULK_PORT, crate::topology::APPLICATION_PORT];
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for path in [Path::CrossNode, Path::SameNode] {
+            let netns = self.lab.netns(path.server())?;
+            while !load::listening(&netns, &wanted)? {
+                interrupt::check()?;
+                if Instant::now() > deadline {
+                    bail!(
+                        "the servers in {} do not all listen on {wanted:?} after 10 s",
+                        path.server()
+                    );
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    /// The overlay device that this lab uses, if it uses one.
+    pub fn overlay(&self) -> Option<String> {
+        let netns = self.lab.netns("node1").ok()?;
+        let text = load::output_of(
+            &netns,
+            "ip",
+            &["-d", "-j", "link", "show", "istioout"],
+            Duration::from_secs(5),
+        )
+        .ok()?;
+        let json: serde_json::Value = serde_json::from_str(&text).ok()?;
+        json[0]["linkinfo"]["info_kind"].as_str().map(str::to_owned)
+    }
+
+    /// CPU time that the proxies of both nodes have used since they started.
+    ///
+    /// # Errors
+    /// When one does not run.
+    pub fn proxies(&self) -> Result<Cpu> {
+        let mut sum = Cpu::default();
+        if self.variant != Variant::None {
+            for node in [1, 2] {
+                let proxy = self
+                    .lab
+                    .process(node, Daemon::Proxy)
+                    .with_context(|| format!("proxy{node} does not run"))?;
+                sum = sum.plus(accounting::process(proxy.pid)?);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Counters of the overlay: `istioout` on the client's node, `istioin` on the server's.
+    fn overlays(&self, path: Path) -> Result<[Counters; 2]> {
+        let server = match path {
+            Path::CrossNode => "node2",
+            Path::SameNode => "node1",
+        };
+        Ok([
+            counters::of(&self.lab.netns("node1")?, ISTIOOUT)?,
+            counters::of(&self.lab.netns(server)?, ISTIOIN)?,
+        ])
+    }
+
+    /// Measures a case once.
+    ///
+    /// # Errors
+    /// When the load fails or took another path than was proven.
+    pub fn sample(&self, case: Case, seconds: u64, round: usize) -> Result<Sample> {
+        let topology = self.lab.topology();
+        let (_, server) = topology
+            .pod(case.path.server())
+            .context("the lab has no server pod")?;
+        let client = self.lab.netns(CLIENT)?;
+        let overlays = self.overlays(case.path)?;
+        let (machine, stolen) = (accounting::machine()?, accounting::stolen()?);
+        let (proxies, before) = (self.proxies()?, Instant::now());
+        let measured = load::run(case.load, &client, server.ip, seconds)?;
+        let sample = Sample {
+            variant: self.variant.clone(),
+            case,
+            round,
+            begun_seconds: 0.0,
+            value: measured.value,
+            work: measured.work,
+            latency_us: measured.latency_us,
+            extra: measured.extra,
+            proxies_cpu: self.proxies()?.since(proxies),
+            machine_cpu: accounting::machine()?.since(machine),
+            stolen_seconds: accounting::stolen()? - stolen,
+            wall_seconds: before.elapsed().as_secs_f64(),
+            overlays: {
+                let after = self.overlays(case.path)?;
+                [after[0].since(overlays[0]), after[1].since(overlays[1])]
+            },
+        };
+        if measured.errors > 0 {
+            bail!(
+                "{} of {} requests failed: a sample with errors is none",
+                measured.errors,
+                measured.work
+            );
+        }
+        took_the_path(&sample)?;
+        Ok(sample)
+    }
+}
+
+/// Whether what was measured took the path that was proven before, as far as can be told without touching the load.
+fn took_the_path(sample: &Sample) -> Result<()> {
+    let [istioout, _] = sample.overlays;
+    if sample.variant != Variant::None && sample.proxies_cpu.total() == 0.0 {
+        bail!("the proxies used no CPU: the load did not pass through them");
+    }
+    if !sample.variant.is_node() {
+        if sample.overlays != [Counters::default(); 2] {
+            bail!("packets passed through the overlay: {:?}", sample.overlays);
+        }
+    } else if istioout.tx_packets == 0 {
+        bail!("no packet passed through istioout");
+    }
+    if let Load::Bulk { way, .. } = sample.case.load {
+        // The answers of a pod's connections come back to it through the same device.
+        let bytes = match way {
+            Way::Up => istioout.tx_bytes,
+            Way::Down => istioout.rx_bytes,
+        };
+        let share = bytes as f64 / sample.work;
+        let wrong = match sample.variant {
+            Variant::NodeTunnel => share < TUNNEL_SHARE,
+            Variant::NodeHybrid | Variant::NodeDirect => share > HYBRID_SHARE,
+            Variant::None | Variant::Relay | Variant::Inpod | Variant::External(_) => false,
+        };
+        if wrong {
+            bail!(
+                "{:.2} % of the bytes passed through istioout, which is not the flow that was proven",
+                share * 100.0
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_that_took_another_path_is_refused() {
+        let sample = |variant, tx_bytes: u64, cpu| Sample {
+            variant,
+            case: Case {
+                path: Path::CrossNode,
+                load: Load::ALL[0],
+            },
+            round: 0,
+            begun_seconds: 0.0,
+            value: 1.0,
+            work: 1e9,
+            latency_us: None,
+            extra: Default::default(),
+            proxies_cpu: Cpu {
+                user: cpu,
+                ..Cpu::default()
+            },
+            machine_cpu: Cpu::default(),
+            stolen_seconds: 0.0,
+            wall_seconds: 1.0,
+            overlays: [
+                Counters {
+                    tx_bytes,
+                    tx_packets: tx_bytes.min(1),
+                    ..Counters::default()
+                },
+                Counters::default(),
+            ],
+        };
+        let fine = |variant, tx_bytes, cpu| took_the_path(&sample(variant, tx_bytes, cpu)).is_ok();
+        assert!(fine(Variant::None, 0, 0.0) && !fine(Variant::None, 1, 0.0));
+        assert!(fine(Variant::Inpod, 0, 1.0) && !fine(Variant::Inpod, 0, 0.0));
+        assert!(fine(Variant::NodeHybrid, 1_000, 1.0));
+        assert!(
+            !fine(Variant::NodeHybrid, 1_000_000_000, 1.0) && !fine(Variant::NodeHybrid, 0, 1.0)
+        );
+        assert!(fine(Variant::NodeTunnel, 1_010_000_000, 1.0));
+        assert!(!fine(Variant::NodeTunnel, 1_000, 1.0));
+    }
+}
