@@ -1,28 +1,112 @@
 //! One consistent, immutable view of the mesh.
 
-use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use rand::Rng;
 
+use super::persistent_map::PersistentMap;
 use super::policy::{Policy, PolicyScope};
+use super::update::EndpointChanges;
 use super::workload::NetworkMode;
 use super::{NamespacedHostname, NetworkAddress, Service, Workload, balancing};
 
-/// Workloads, services and policies with the indexes that connections need. Made once, never changed.
+/// Workloads, services and policies with the indexes that connections need. Never changed: [`Snapshot::updated`] makes
+/// another one, which shares with it what did not change.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// The network that bare addresses belong to.
     network: Arc<str>,
-    workloads: BTreeMap<Arc<str>, Arc<Workload>>,
-    services: BTreeMap<NamespacedHostname, Arc<Service>>,
-    policies: BTreeMap<Arc<str>, Arc<Policy>>,
-    by_address: HashMap<NetworkAddress, Arc<Workload>>,
-    by_vip: HashMap<NetworkAddress, Arc<Service>>,
-    endpoints: HashMap<NamespacedHostname, Vec<Arc<Workload>>>,
+    pub(super) workloads: PersistentMap<Arc<str>, Arc<Workload>>,
+    pub(super) services: PersistentMap<NamespacedHostname, Arc<Service>>,
+    pub(super) policies: PersistentMap<Arc<str>, Arc<Policy>>,
+    pub(super) by_address: PersistentMap<NetworkAddress, Holders<Workload>>,
+    pub(super) by_vip: PersistentMap<NetworkAddress, Holders<Service>>,
+    pub(super) endpoints: PersistentMap<NamespacedHostname, Arc<Vec<Arc<Workload>>>>,
     /// Policies that apply to a namespace; those that apply to all are under the empty one.
-    by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+    pub(super) by_namespace: PersistentMap<Arc<str>, Arc<Vec<Arc<Policy>>>>,
+}
+
+/// The objects that have an address, the one that came last at the end. Nearly always there is one.
+#[derive(Debug)]
+pub(super) enum Holders<T> {
+    /// One.
+    One(Arc<T>),
+    /// Several.
+    Several(Arc<Vec<Arc<T>>>),
+}
+
+impl<T> Clone for Holders<T> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::One(one) => Self::One(Arc::clone(one)),
+            Self::Several(several) => Self::Several(Arc::clone(several)),
+        }
+    }
+}
+
+impl<T> Holders<T> {
+    fn as_slice(&self) -> &[Arc<T>] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Several(several) => several,
+        }
+    }
+
+    pub(super) fn add(
+        index: &mut PersistentMap<NetworkAddress, Self>,
+        address: NetworkAddress,
+        object: &Arc<T>,
+    ) {
+        // Taken out, so that a list that nobody shares grows in place.
+        let holders = match index.remove(&address) {
+            None => Self::One(Arc::clone(object)),
+            // An object may list an address twice.
+            Some(holders)
+                if holders
+                    .as_slice()
+                    .last()
+                    .is_some_and(|last| Arc::ptr_eq(last, object)) =>
+            {
+                holders
+            }
+            Some(Self::One(other)) => Self::Several(Arc::new(vec![other, Arc::clone(object)])),
+            Some(Self::Several(mut several)) => {
+                Arc::make_mut(&mut several).push(Arc::clone(object));
+                Self::Several(several)
+            }
+        };
+        index.insert(address, holders);
+    }
+
+    pub(super) fn remove(
+        index: &mut PersistentMap<NetworkAddress, Self>,
+        address: &NetworkAddress,
+        object: &Arc<T>,
+    ) {
+        let Some(Self::Several(mut several)) = index.remove(address) else {
+            return;
+        };
+        Arc::make_mut(&mut several).retain(|other| !Arc::ptr_eq(other, object));
+        let left = match &several[..] {
+            [one] => Self::One(Arc::clone(one)),
+            _ => Self::Several(several),
+        };
+        index.insert(address.clone(), left);
+    }
+}
+
+impl Holders<Workload> {
+    /// The workload that an address stands for. Workloads on the host network share the node's address: it tells which one
+    /// is meant only if there is one.
+    fn workload(&self) -> Option<&Arc<Workload>> {
+        let own = |workload: &&Arc<Workload>| workload.network_mode != NetworkMode::HostNetwork;
+        match self.as_slice() {
+            [one] => Some(one),
+            several => several.iter().rev().find(own),
+        }
+    }
 }
 
 /// Why objects do not make a snapshot.
@@ -63,6 +147,9 @@ impl Snapshot {
     ///
     /// Policies that a workload names and that do not exist are logged here and otherwise ignored: a missing policy does
     /// not deny.
+    ///
+    /// # Errors
+    /// Two objects have one key or, hosts' addresses apart, one address.
     pub fn new(
         workloads: Vec<Workload>,
         services: Vec<Service>,
@@ -70,24 +157,28 @@ impl Snapshot {
     ) -> Result<Self, SnapshotError> {
         let mut snapshot = Self::default();
         for service in services {
-            snapshot.add_service(Arc::new(service))?;
+            snapshot.check_service(&service)?;
+            snapshot.put_service(service);
         }
         for policy in policies {
-            snapshot.add_policy(Arc::new(policy))?;
-        }
-        let mut shared = HashMap::new();
-        for workload in workloads {
-            snapshot.add_workload(workload, &mut shared)?;
-        }
-        for (address, workloads) in shared {
-            // Workloads on the host network share the node's address: it tells which one is meant only if there is one.
-            if let [workload] = &workloads[..] {
-                snapshot
-                    .by_address
-                    .entry(address)
-                    .or_insert_with(|| Arc::clone(workload));
+            let key = policy.key();
+            if snapshot.policies.contains_key(&*key) {
+                return Err(SnapshotError::Twice {
+                    kind: "policy",
+                    key,
+                });
             }
+            snapshot.put_policy(policy);
         }
+        let mut endpoints = EndpointChanges::default();
+        for mut workload in workloads {
+            if workload.uid.is_empty() {
+                workload.uid = workload.made_up_uid();
+            }
+            snapshot.check_workload(&workload)?;
+            snapshot.put_workload(workload, &mut endpoints);
+        }
+        snapshot.settle(endpoints);
         Ok(snapshot)
     }
 
@@ -97,10 +188,10 @@ impl Snapshot {
         self
     }
 
-    fn add_service(&mut self, service: Arc<Service>) -> Result<(), SnapshotError> {
+    fn check_service(&self, service: &Service) -> Result<(), SnapshotError> {
         let key = service.key();
         for vip in &service.vips {
-            if let Some(other) = self.by_vip.insert(vip.clone(), Arc::clone(&service))
+            if let Some(other) = self.service_by_address(vip)
                 && other.key() != key
             {
                 return Err(SnapshotError::SharedVip {
@@ -110,58 +201,20 @@ impl Snapshot {
                 });
             }
         }
-        match self.services.insert(key.clone(), service) {
-            None => Ok(()),
-            Some(_) => Err(SnapshotError::Twice {
+        if self.services.contains_key(&key) {
+            return Err(SnapshotError::Twice {
                 kind: "service",
                 key: key.to_string(),
-            }),
+            });
         }
+        Ok(())
     }
 
-    fn add_policy(&mut self, policy: Arc<Policy>) -> Result<(), SnapshotError> {
-        let everywhere: Arc<str> = "".into();
-        let namespace = match policy.scope {
-            PolicyScope::Global => Some(everywhere),
-            PolicyScope::Namespace => Some(Arc::clone(&policy.namespace)),
-            PolicyScope::WorkloadSelector => None,
-        };
-        if let Some(namespace) = namespace {
-            let list = self.by_namespace.entry(namespace).or_default();
-            list.push(Arc::clone(&policy));
-        }
-        let key: Arc<str> = policy.key().into();
-        match self.policies.insert(Arc::clone(&key), policy) {
-            None => Ok(()),
-            Some(_) => Err(SnapshotError::Twice {
-                kind: "policy",
-                key: key.to_string(),
-            }),
-        }
-    }
-
-    fn add_workload(
-        &mut self,
-        mut workload: Workload,
-        shared: &mut HashMap<NetworkAddress, Vec<Arc<Workload>>>,
-    ) -> Result<(), SnapshotError> {
-        if workload.uid.is_empty() {
-            let Workload {
-                cluster_id,
-                namespace,
-                name,
-                ..
-            } = &workload;
-            workload.uid = format!("{cluster_id}//Pod/{namespace}/{name}").into();
-        }
-        let workload = Arc::new(workload);
-        for address in workload.network_addresses() {
-            if workload.network_mode == NetworkMode::HostNetwork {
-                let list = shared.entry(address).or_default();
-                list.push(Arc::clone(&workload));
-            } else if let Some(other) = self
-                .by_address
-                .insert(address.clone(), Arc::clone(&workload))
+    fn check_workload(&self, workload: &Workload) -> Result<(), SnapshotError> {
+        let alone = workload.network_mode != NetworkMode::HostNetwork;
+        for address in workload.network_addresses().filter(|_| alone) {
+            if let Some(other) = self.workload_by_address(&address)
+                && other.network_mode != NetworkMode::HostNetwork
                 && other.uid != workload.uid
             {
                 return Err(SnapshotError::SharedAddress {
@@ -171,40 +224,48 @@ impl Snapshot {
                 });
             }
         }
-        for service in workload.services.keys() {
-            let list = self.endpoints.entry(service.clone()).or_default();
-            list.push(Arc::clone(&workload));
-        }
         for policy in &workload.authorization_policies {
             if !self.policies.contains_key(policy) {
                 tracing::warn!(workload = %workload.uid, %policy, "the workload names a policy that does not exist");
             }
         }
-        match self
-            .workloads
-            .insert(Arc::clone(&workload.uid), Arc::clone(&workload))
-        {
-            None => Ok(()),
-            Some(_) => Err(SnapshotError::Twice {
+        if self.workloads.contains_key(&workload.uid) {
+            return Err(SnapshotError::Twice {
                 kind: "workload",
                 key: workload.uid.to_string(),
-            }),
+            });
         }
+        Ok(())
     }
 
     /// All workloads, ordered by uid.
     pub fn workloads(&self) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        sorted(&self.workloads)
+    }
+
+    /// How many workloads there are.
+    pub fn workload_count(&self) -> usize {
+        self.workloads.len()
     }
 
     /// All services, ordered by namespace and hostname.
     pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
-        self.services.values()
+        sorted(&self.services)
+    }
+
+    /// How many services there are.
+    pub fn service_count(&self) -> usize {
+        self.services.len()
     }
 
     /// All policies, ordered by `namespace/name`.
     pub fn policies(&self) -> impl ExactSizeIterator<Item = &Arc<Policy>> {
-        self.policies.values()
+        sorted(&self.policies)
+    }
+
+    /// How many policies there are.
+    pub fn policy_count(&self) -> usize {
+        self.policies.len()
     }
 
     /// The workload that has an address of the local network. Several workloads on the host network share one address
@@ -215,7 +276,7 @@ impl Snapshot {
 
     /// The workload that has an address.
     pub fn workload_by_address(&self, address: &NetworkAddress) -> Option<Arc<Workload>> {
-        self.by_address.get(address).cloned()
+        self.by_address.get(address)?.workload().cloned()
     }
 
     /// The workload with a uid.
@@ -225,7 +286,12 @@ impl Snapshot {
 
     /// The service that has a virtual address of the local network.
     pub fn service_by_vip(&self, ip: IpAddr) -> Option<Arc<Service>> {
-        self.by_vip.get(&self.local(ip)).cloned()
+        self.service_by_address(&self.local(ip))
+    }
+
+    /// The service that has a virtual address.
+    pub fn service_by_address(&self, address: &NetworkAddress) -> Option<Arc<Service>> {
+        self.by_vip.get(address)?.as_slice().last().cloned()
     }
 
     /// The service with a key.
@@ -237,7 +303,7 @@ impl Snapshot {
     pub fn endpoints(&self, service: &Service) -> &[Arc<Workload>] {
         self.endpoints
             .get(&service.key())
-            .map_or(&[], Vec::as_slice)
+            .map_or(&[], |list| list.as_slice())
     }
 
     /// The endpoint for a connection from `source` to `port` of a service, with the port it serves that on. None: no
@@ -258,7 +324,10 @@ impl Snapshot {
         &'a self,
         workload: &'a Workload,
     ) -> impl Iterator<Item = &'a Arc<Policy>> {
-        let of_namespace = |namespace: &str| self.by_namespace.get(namespace).into_iter().flatten();
+        let of_namespace = |namespace: &str| {
+            let list = self.by_namespace.get(namespace);
+            list.into_iter().flat_map(|list| list.iter())
+        };
         let general = move |policy: &Policy| match policy.scope {
             PolicyScope::Global => true,
             PolicyScope::Namespace => policy.namespace == workload.namespace,
@@ -279,6 +348,15 @@ impl Snapshot {
     fn local(&self, ip: IpAddr) -> NetworkAddress {
         NetworkAddress::new(Arc::clone(&self.network), ip)
     }
+}
+
+/// The values of an index in the order of their keys: for people who read lists.
+fn sorted<K: Ord + Hash + Clone, V: Clone>(
+    index: &PersistentMap<K, V>,
+) -> impl ExactSizeIterator<Item = &V> {
+    let mut entries: Vec<_> = index.iter().collect();
+    entries.sort_unstable_by_key(|(key, _)| *key);
+    entries.into_iter().map(|(_, value)| value)
 }
 
 #[cfg(test)]

@@ -1,16 +1,18 @@
 //! The snapshot in force.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::Snapshot;
+use super::{Change, Snapshot};
 
 /// Holds the snapshot in force. Reading takes no lock.
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Snapshot>,
+    /// Held while the next snapshot is made, so that no change is lost between two writers.
+    writing: Mutex<()>,
     version: watch::Sender<u64>,
     network: Arc<str>,
 }
@@ -26,6 +28,7 @@ impl Store {
         let network = network.into();
         Self {
             current: ArcSwap::from_pointee(Snapshot::default().in_network(Arc::clone(&network))),
+            writing: Mutex::default(),
             version: watch::Sender::new(0),
             network,
         }
@@ -38,7 +41,21 @@ impl Store {
 
     /// Puts another snapshot in force and tells the subscribers.
     pub fn replace(&self, snapshot: Snapshot) {
-        let snapshot = snapshot.in_network(Arc::clone(&self.network));
+        let _writing = self.writing();
+        self.put(snapshot.in_network(Arc::clone(&self.network)));
+    }
+
+    /// Changes some objects, all at once, and tells the subscribers. See [`Snapshot::updated`].
+    pub fn update(&self, changes: impl IntoIterator<Item = Change>) {
+        let _writing = self.writing();
+        self.put(self.load().updated(changes));
+    }
+
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, snapshot: Snapshot) {
         self.current.store(Arc::new(snapshot));
         self.version.send_modify(|version| *version += 1);
     }

@@ -114,6 +114,17 @@ impl Workload {
         )
     }
 
+    /// The uid of a workload that was given none.
+    pub(super) fn made_up_uid(&self) -> Arc<str> {
+        let Self {
+            cluster_id,
+            namespace,
+            name,
+            ..
+        } = self;
+        format!("{cluster_id}//Pod/{namespace}/{name}").into()
+    }
+
     /// `namespace/name`, for messages.
     pub fn display_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)

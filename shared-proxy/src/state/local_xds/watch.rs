@@ -76,7 +76,7 @@ async fn follow(path: PathBuf, store: Arc<Store>, mut seen: Option<Stamp>) {
         // Parsing a large file takes a while, and reading may block.
         match tokio::task::spawn_blocking(move || load(&file)).await {
             Ok(Ok(snapshot)) => {
-                tracing::info!(path = %path.display(), workloads = snapshot.workloads().len(), services = snapshot.services().len(), policies = snapshot.policies().len(), "mesh state reloaded");
+                tracing::info!(path = %path.display(), workloads = snapshot.workload_count(), services = snapshot.service_count(), policies = snapshot.policy_count(), "mesh state reloaded");
                 store.replace(snapshot);
             }
             Ok(Err(error)) => {
