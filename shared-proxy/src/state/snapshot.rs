@@ -158,7 +158,7 @@ impl Snapshot {
         let mut snapshot = Self::default();
         for service in services {
             snapshot.check_service(&service)?;
-            snapshot.put_service(service);
+            snapshot.put_service(Arc::new(service));
         }
         for policy in policies {
             let key = policy.key();
@@ -168,7 +168,7 @@ impl Snapshot {
                     key,
                 });
             }
-            snapshot.put_policy(policy);
+            snapshot.put_policy(Arc::new(policy));
         }
         let mut endpoints = EndpointChanges::default();
         for mut workload in workloads {
@@ -176,7 +176,7 @@ impl Snapshot {
                 workload.uid = workload.made_up_uid();
             }
             snapshot.check_workload(&workload)?;
-            snapshot.put_workload(workload, &mut endpoints);
+            snapshot.put_workload(Arc::new(workload), &mut endpoints);
         }
         snapshot.settle(endpoints);
         Ok(snapshot)

@@ -11,11 +11,11 @@ use super::{NamespacedHostname, Policy, Service, Snapshot, Workload};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     /// A workload as it is from here on; the one with its uid, if there is one, is replaced.
-    Workload(Workload),
+    Workload(Arc<Workload>),
     /// A service as it is from here on; the one with its key, if there is one, is replaced.
-    Service(Service),
+    Service(Arc<Service>),
     /// A policy as it is from here on; the one with its key, if there is one, is replaced.
-    Policy(Policy),
+    Policy(Arc<Policy>),
     /// The workload with this uid is gone.
     RemoveWorkload(Arc<str>),
     /// The service with this key is gone.
@@ -78,15 +78,18 @@ impl Snapshot {
         next
     }
 
-    pub(super) fn put_workload(&mut self, workload: Workload, endpoints: &mut EndpointChanges) {
+    pub(super) fn put_workload(
+        &mut self,
+        workload: Arc<Workload>,
+        endpoints: &mut EndpointChanges,
+    ) {
         if let Some(previous) = self.workloads.get(&workload.uid) {
-            if **previous == workload {
+            if *previous == workload {
                 return;
             }
             let previous = Arc::clone(previous);
             self.withdraw_workload(&previous, endpoints);
         }
-        let workload = Arc::new(workload);
         for address in workload.network_addresses() {
             Holders::add(&mut self.by_address, address, &workload);
         }
@@ -105,16 +108,15 @@ impl Snapshot {
         }
     }
 
-    pub(super) fn put_service(&mut self, service: Service) {
+    pub(super) fn put_service(&mut self, service: Arc<Service>) {
         let key = service.key();
         if let Some(previous) = self.services.get(&key) {
-            if **previous == service {
+            if *previous == service {
                 return;
             }
             let previous = Arc::clone(previous);
             self.withdraw_service(&previous);
         }
-        let service = Arc::new(service);
         for vip in &service.vips {
             Holders::add(&mut self.by_vip, vip.clone(), &service);
         }
@@ -127,16 +129,15 @@ impl Snapshot {
         }
     }
 
-    pub(super) fn put_policy(&mut self, policy: Policy) {
+    pub(super) fn put_policy(&mut self, policy: Arc<Policy>) {
         let key: Arc<str> = policy.key().into();
         if let Some(previous) = self.policies.get(&key) {
-            if **previous == policy {
+            if *previous == policy {
                 return;
             }
             let previous = Arc::clone(previous);
             self.withdraw_policy(&previous);
         }
-        let policy = Arc::new(policy);
         if let Some(namespace) = reach(&policy) {
             let mut list = self
                 .by_namespace

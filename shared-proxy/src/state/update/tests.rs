@@ -16,8 +16,8 @@ fn service_key(number: u8) -> NamespacedHostname {
     format!("n/s{number}").parse().unwrap()
 }
 
-fn workload(uid: u8, addresses: &[u8], services: &[u8], host: bool) -> Workload {
-    Workload {
+fn workload(uid: u8, addresses: &[u8], services: &[u8], host: bool) -> Arc<Workload> {
+    Arc::new(Workload {
         uid: format!("w{uid}").into(),
         addresses: addresses.iter().map(|last| ip(*last)).collect(),
         services: services
@@ -30,12 +30,12 @@ fn workload(uid: u8, addresses: &[u8], services: &[u8], host: bool) -> Workload 
             NetworkMode::Standard
         },
         ..Workload::default()
-    }
+    })
 }
 
-fn service(number: u8, vips: &[u8]) -> Service {
+fn service(number: u8, vips: &[u8]) -> Arc<Service> {
     let key = service_key(number);
-    Service {
+    Arc::new(Service {
         name: key.hostname.clone(),
         namespace: key.namespace,
         hostname: key.hostname,
@@ -49,18 +49,18 @@ fn service(number: u8, vips: &[u8]) -> Service {
         load_balancer: None,
         ip_families: None,
         canonical: false,
-    }
+    })
 }
 
-fn policy(number: u8, scope: PolicyScope, namespace: &str) -> Policy {
-    Policy {
+fn policy(number: u8, scope: PolicyScope, namespace: &str) -> Arc<Policy> {
+    Arc::new(Policy {
         name: format!("p{number}").into(),
         namespace: namespace.into(),
         scope,
         action: crate::state::policy::Action::Deny,
         rules: Vec::new(),
         dry_run: false,
-    }
+    })
 }
 
 fn change() -> impl Strategy<Value = Change> {
