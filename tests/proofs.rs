@@ -16,6 +16,7 @@ const MARKER_HIDDEN: &str = "the marker is never in the clear";
 const MARKER_VISIBLE: &str = "the marker is visible";
 const TLS: &str = "in TLS records only";
 const NOTHING_ELSE: &str = "no TCP payload outside port 15008";
+const SILENT: &str = "no TCP payload at all";
 const ISTIOOUT: &str = "through istioout";
 const ISTIOIN: &str = "through istioin";
 const CLIENT_ADDRESS: &str = "the server sees the client's address";
@@ -158,6 +159,17 @@ fn node_hybrid() {
 #[test]
 fn node_tunnel() {
     node(&NodeTunnel, &NodeHybrid);
+}
+
+/// Two pods of a node are connected inside the proxy: nothing to see on its loopback, where the other flows have a tunnel.
+#[test]
+fn node_direct() {
+    let scene = lab(&NodeDirect);
+    holds(&scene, &NodeDirect);
+    fails(&judged(&scene, &NodeHybrid, SameNode), &[TLS]);
+    fails(&judged(&scene, &Variant::None, SameNode), &[ISTIOOUT]);
+    let tunnelled = lab(&NodeHybrid);
+    fails(&judged(&tunnelled, &NodeDirect, SameNode), &[SILENT]);
 }
 
 fn node(variant: &Variant, other_flow: &Variant) {

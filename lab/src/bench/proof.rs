@@ -172,10 +172,11 @@ pub fn prove(lab: &Lab, variant: &Variant, path: Path) -> Result<Proof> {
     let to = SocketAddr::new(IpAddr::V4(server.ip), PROOF_PORT);
     let _server = lab.serve(&server.name, PROOF_PORT)?;
 
-    let wires = wires(variant, path, client_node, client, server_node)?;
+    let ends = ((client_node, client), (server_node, server));
+    let wires = wires(variant, path, ends)?;
     let mut taps = Vec::new();
     for (wire, netns, device) in wires {
-        let label = wire.label(client_node, client, server_node);
+        let label = wire.label(ends.0, ends.1);
         taps.push((wire, Tap::start(&netns, &device, label, file(lab)?)?));
     }
 
@@ -226,9 +227,9 @@ pub fn prove(lab: &Lab, variant: &Variant, path: Path) -> Result<Proof> {
     };
     let deadline = Instant::now() + tap::DRAIN;
     for (wire, tap) in taps {
-        let complete = |capture: &Capture| is_complete(variant, wire, capture, server.ip);
+        let complete = |capture: &Capture| is_complete(variant, path, wire, capture, server.ip);
         let heard = tap.finish(deadline, complete)?;
-        let label = wire.label(client_node, client, server_node);
+        let label = wire.label(ends.0, ends.1);
         observed.wires.push((wire, label, heard));
     }
     Ok(judge::judge(variant, path, &observed))
@@ -250,9 +251,7 @@ fn open(name: &str) -> Result<Netns> {
 fn wires(
     variant: &Variant,
     path: Path,
-    client_node: &Node,
-    client: &Pod,
-    server_node: &Node,
+    ((client_node, client), (server_node, server)): ((&Node, &Pod), (&Node, &Pod)),
 ) -> Result<Vec<(Wire, Netns, String)>> {
     let near = || open(&client_node.netns);
     let mut wires = vec![(Wire::ClientVeth, near()?, client.veth.clone())];
@@ -261,6 +260,11 @@ fn wires(
     } else if variant.is_node() {
         let proxy = open(&client_node.proxy_netns)?;
         wires.push((Wire::ProxyLoopback, proxy, "lo".to_owned()));
+        if *variant == Variant::NodeDirect {
+            // Where the proxy hands over there is no tunnel to look at; so it is shown where the bytes are and are not.
+            wires.push((Wire::ServerVeth, near()?, server.veth.clone()));
+            wires.push((Wire::Uplink, near()?, "eth0".to_owned()));
+        }
     }
     let mut overlays = vec![(Wire::Istioout, near()?, ISTIOOUT)];
     if path == Path::CrossNode {

@@ -29,6 +29,8 @@ const HYBRID_SHARE: f64 = 0.01;
 pub enum Wire {
     /// Node-side end of the client's veth.
     ClientVeth,
+    /// Node-side end of the server's veth.
+    ServerVeth,
     /// The link between the nodes, at the client's node.
     Uplink,
     /// Loopback of the proxy on the client's node.
@@ -48,16 +50,22 @@ enum Privacy {
     Readable,
     /// In the clear, but between relays only, each connection with its addresses in front.
     Relayed,
+    /// Not a byte: what is handed over inside a process is on no wire.
+    Silent,
     /// It is only counted what passes.
     Counted,
 }
 
 impl Wire {
     /// Node and device.
-    pub fn label(self, client_node: &Node, client: &Pod, server_node: &Node) -> String {
+    pub fn label(self, client: (&Node, &Pod), server: (&Node, &Pod)) -> String {
+        let ((client_node, client), (server_node, server)) = (client, server);
         match self {
             Self::ClientVeth => {
                 format!("{} {} (to {})", client_node.name, client.veth, client.name)
+            }
+            Self::ServerVeth => {
+                format!("{} {} (to {})", server_node.name, server.veth, server.name)
             }
             Self::Uplink => format!("{} eth0 (uplink)", client_node.name),
             Self::ProxyLoopback => format!("{} lo", client_node.proxy_name),
@@ -66,15 +74,17 @@ impl Wire {
         }
     }
 
-    fn privacy(self, variant: &Variant) -> Privacy {
+    fn privacy(self, variant: &Variant, path: Path) -> Privacy {
         match (self, variant) {
             (Self::Istioout | Self::Istioin, _) => Privacy::Counted,
             (_, Variant::None) => Privacy::Readable,
             (_, Variant::Relay) => Privacy::Relayed,
-            // The node captures what has left the pod: up to there it is in the clear, by design.
-            (Self::ClientVeth, Variant::NodeHybrid | Variant::NodeTunnel | Variant::NodeDirect) => {
+            // The node captures what has left the pod: up to there it is in the clear, by design, as it is from there on
+            // into a pod.
+            (Self::ClientVeth | Self::ServerVeth, variant) if variant.is_node() => {
                 Privacy::Readable
             }
+            (_, Variant::NodeDirect) if path == Path::SameNode => Privacy::Silent,
             _ => Privacy::Encrypted,
         }
     }
@@ -102,7 +112,13 @@ pub struct Observed {
 }
 
 /// Whether a capture has as much as this wire should carry with this variant, so that there is nothing to wait for.
-pub fn is_complete(variant: &Variant, wire: Wire, capture: &Capture, server: Ipv4Addr) -> bool {
+pub fn is_complete(
+    variant: &Variant,
+    path: Path,
+    wire: Wire,
+    capture: &Capture,
+    server: Ipv4Addr,
+) -> bool {
     let ways = [
         capture.volume(|flow| *flow.to.ip() == server),
         capture.volume(|flow| *flow.from.ip() == server),
@@ -115,6 +131,7 @@ pub fn is_complete(variant: &Variant, wire: Wire, capture: &Capture, server: Ipv
             Wire::Istioout | Wire::Istioin,
             Variant::None | Variant::Relay | Variant::Inpod | Variant::External(_),
         ) => false,
+        _ if wire.privacy(variant, path) == Privacy::Silent => false,
         _ => ways.iter().all(|way| way.payload >= EXCHANGE),
     }
 }
@@ -141,13 +158,15 @@ pub fn judge(variant: &Variant, path: Path, observed: &Observed) -> Proof {
     let mut taps = Vec::new();
     for (wire, label, heard) in &observed.wires {
         let read = Reading::of(heard, observed);
-        statements.extend(match wire.privacy(variant) {
+        let privacy = wire.privacy(variant, path);
+        statements.extend(match privacy {
             Privacy::Encrypted => read.encrypted(label),
             Privacy::Readable => vec![read.readable(label)],
             Privacy::Relayed => relayed::statements(label, &heard.capture, &observed.marker),
+            Privacy::Silent => vec![silent(label, &heard.capture)],
             Privacy::Counted => Vec::new(),
         });
-        statements.push(whole(label, wire.privacy(variant), heard));
+        statements.push(whole(label, privacy, heard));
         let all = heard.capture.volume(|_| true);
         taps.push(Seen {
             tap: label.clone(),
@@ -261,6 +280,24 @@ impl Reading {
                 },
             },
         ]
+    }
+}
+
+fn silent(label: &str, capture: &Capture) -> Statement {
+    let carried: Vec<String> = capture
+        .volumes
+        .iter()
+        .filter(|(_, volume)| volume.payload > 0)
+        .map(|(flow, volume)| format!("{} to {}: {} bytes", flow.from, flow.to, volume.payload))
+        .collect();
+    Statement {
+        claim: format!("{label}: no TCP payload at all, not even a tunnel's"),
+        holds: carried.is_empty(),
+        found: if carried.is_empty() {
+            "none".to_owned()
+        } else {
+            carried.join("; ")
+        },
     }
 }
 

@@ -228,3 +228,32 @@ fn a_hybrid_connection_must_begin_in_the_overlay() {
     observed.istioin_ever = 1;
     assert!(failed(&Variant::NodeHybrid, &observed).is_empty());
 }
+
+#[test]
+fn what_is_handed_over_in_the_proxy_is_on_no_wire_but_the_pods() {
+    let direct = || {
+        observed(vec![
+            (Wire::ClientVeth, heard(PROOF_PORT, &clear())),
+            (Wire::ServerVeth, heard(PROOF_PORT, &clear())),
+            (Wire::ProxyLoopback, Heard::default()),
+            (Wire::Uplink, Heard::default()),
+            (Wire::Istioout, heard(PROOF_PORT, b"")),
+        ])
+    };
+    let failed = |observed: &Observed| {
+        judge(&Variant::NodeDirect, Path::SameNode, observed)
+            .failed()
+            .map(|statement| statement.claim.clone())
+            .collect::<Vec<String>>()
+    };
+    assert_eq!(failed(&direct()), Vec::<String>::new());
+    for wire in [Wire::ProxyLoopback, Wire::Uplink] {
+        for payload in [clear(), tls()] {
+            let observed = with(direct(), wire, heard(15088, &payload));
+            let claim = format!("{wire:?}: no TCP payload at all, not even a tunnel's");
+            assert_eq!(failed(&observed), [claim]);
+        }
+    }
+    let observed = with(direct(), Wire::ServerVeth, Heard::default());
+    assert_eq!(failed(&observed), ["ServerVeth: the marker is visible"]);
+}
