@@ -63,7 +63,9 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
         component: "ambidex-proxy".to_owned(),
         tag: env!("CARGO_PKG_VERSION").to_owned(),
+        ..TelemetryOptions::default()
     }));
+    telemetry.watch_runtime(tokio::runtime::Handle::current());
     let core = Core::new(
         CoreConfig {
             trust_domain: config.trust_domain.as_str().into(),

@@ -260,6 +260,10 @@ impl WorkloadHandler for Workloads {
         Ok(())
     }
 
+    fn pending(&self, pods: usize) {
+        self.telemetry.workload_manager().set_pending(pods);
+    }
+
     fn connections(&self, uid: &str) -> u64 {
         let open = self.telemetry.connections();
         lock(&self.served)

@@ -3,13 +3,14 @@
 pub mod plaintext;
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use crate::capture::{ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf};
 use crate::core::{Admitted, Attachment, Failure};
 use crate::drain::Signal;
 use crate::identity::Identity;
 use crate::relay::{Leg, Meter};
-use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening};
+use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
 
 /// A connection that has arrived at a captured pod, by whatever way.
 pub(crate) struct Arrival<'a> {
@@ -42,6 +43,7 @@ pub(crate) async fn arrive(
     pod: &LocalWorkload,
     signal: &Signal,
 ) -> Result<Arrived, Failure> {
+    let began = Instant::now();
     if OWN_PORTS.contains(&arrival.target.port()) {
         return Err(refused(
             attachment,
@@ -80,6 +82,7 @@ pub(crate) async fn arrive(
         Ok(admitted) => admitted,
         Err(failure) => return Err(failed(record, failure)),
     };
+    attachment.took(Step::Decide, Direction::Inbound, began);
     let who = OnBehalfOf::RemoteClient(client.ip());
     match attachment.dial(arrival.target, who).await {
         Ok(stream) => Ok(Arrived {

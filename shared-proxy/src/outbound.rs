@@ -5,6 +5,7 @@ mod route;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rand::rng;
 
@@ -20,7 +21,7 @@ use crate::inbound;
 use crate::pool::{Lease, PoolKey};
 use crate::relay::{self, End, Leg, Meter};
 use crate::state::Workload;
-use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening};
+use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
 use route::{Destination, Way};
 
 /// Who opened a connection.
@@ -86,6 +87,7 @@ async fn prepare(
     let telemetry = &attachment.core.telemetry;
     let capture_mode = attachment.scope.id().capture_mode;
     let known = dst.as_ref().ok().copied();
+    let began = Instant::now();
     let (source, destination) = match decide(attachment, client, dst).await {
         Ok(decision) => decision,
         Err(failure) => {
@@ -94,12 +96,16 @@ async fn prepare(
             return None;
         }
     };
+    attachment.took(Step::Decide, Direction::Outbound, began);
     let mut accounts = Accounts {
         source: telemetry.open(opening(attachment, &source, &destination)),
         destination: None,
     };
     match connect(attachment, &source, &destination, &mut accounts, signal).await {
-        Ok(upstream) => Some((accounts, upstream)),
+        Ok(upstream) => {
+            attachment.took(Step::Total, Direction::Outbound, began);
+            Some((accounts, upstream))
+        }
         Err(failure) => {
             accounts.finish(Err(failure));
             None
@@ -236,13 +242,19 @@ async fn open_stream(
         async move { open_tunnel(&attachment, &key).await }
     };
     let failed = |error: Option<Arc<_>>| error.map_or(Failure::TunnelAbandoned, Failure::Tunnel);
+    let began = Instant::now();
     let lease = pool.lease(key, open).await.map_err(failed)?;
+    attachment.took(Step::Tunnel, Direction::Outbound, began);
+    let began = Instant::now();
     let error = match lease
         .connection()
         .connect(target, headers.clone(), limit)
         .await
     {
-        Ok(stream) => return Ok((stream, lease)),
+        Ok(stream) => {
+            attachment.took(Step::Request, Direction::Outbound, began);
+            return Ok((stream, lease));
+        }
         Err(error) => error,
     };
     let retry = match &error {
@@ -266,7 +278,15 @@ async fn open_tunnel(
     let who = OnBehalfOf::LocalWorkload(key.source_address);
     let tcp = attachment.dial(key.destination, who).await?;
     let tls = certificate.client_config(&key.expected);
-    Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await
+    let tunnel = Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await?;
+    let capture_mode = key.scope.capture_mode;
+    attachment.core.telemetry.took(
+        Step::TlsHandshake,
+        capture_mode,
+        Direction::Outbound,
+        tunnel.tls_handshake(),
+    );
+    Ok(tunnel)
 }
 
 impl Meter for Accounts {

@@ -23,20 +23,28 @@ use crate::state::{Service, Workload};
 pub mod access_log;
 pub mod admin;
 mod connection;
+mod exposition;
 mod labels;
+mod latency;
 mod metrics;
 mod process;
 mod readiness;
+mod runtime;
+mod series;
 #[cfg(test)]
 mod tests;
 
 pub use connection::{ConnectionInfo, ConnectionRecord, EndpointInfo};
+pub use latency::Step;
 pub use metrics::WorkloadManagerMetrics;
 pub use readiness::{Readiness, ReadinessTask};
+pub use series::SeriesLimits;
 
 use connection::LiveConnections;
 use labels::ConnectionLabels;
-use metrics::{ConnectionCollector, SeriesTable};
+use latency::{Latencies, LatencyCollector};
+use metrics::ConnectionCollector;
+use series::SeriesTable;
 
 /// Which end of a connection is captured here: the one that opened it, or the one that it goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -179,13 +187,15 @@ pub struct Opening {
     pub mutual_tls: bool,
 }
 
-/// What the process says about itself in `istio_build`.
-#[derive(Debug, Clone)]
+/// What the process says about itself in `istio_build`, and what it keeps.
+#[derive(Debug, Clone, Default)]
 pub struct TelemetryOptions {
     /// Name of the program.
     pub component: String,
     /// Its version.
     pub tag: String,
+    /// Time series of connections.
+    pub series: SeriesLimits,
 }
 
 /// Metrics and access log of one process.
@@ -195,6 +205,7 @@ pub struct Telemetry {
     registry: Mutex<Registry>,
     series: Arc<SeriesTable>,
     live: Arc<LiveConnections>,
+    latencies: Arc<Latencies>,
     workloads: WorkloadManagerMetrics,
 }
 
@@ -202,13 +213,15 @@ impl Telemetry {
     /// Registers every metric of the proxy.
     pub fn new(options: TelemetryOptions) -> Self {
         let mut registry = Registry::default();
-        let series = Arc::new(SeriesTable::default());
+        let series = Arc::new(SeriesTable::new(options.series));
         let live = Arc::new(LiveConnections::default());
+        let latencies = Arc::new(Latencies::default());
         let workloads = WorkloadManagerMetrics::default();
         registry.register_collector(Box::new(ConnectionCollector {
             series: Arc::clone(&series),
             live: Arc::clone(&live),
         }));
+        registry.register_collector(Box::new(LatencyCollector(Arc::clone(&latencies))));
         workloads.register(&mut registry);
         registry.register_collector(Box::new(BuildCollector(options.clone())));
         registry.register_collector(Box::new(process::ProcessCollector));
@@ -217,8 +230,27 @@ impl Telemetry {
             registry: Mutex::new(registry),
             series,
             live,
+            latencies,
             workloads,
         }
+    }
+
+    /// Adds the `tokio_*` metrics of a runtime: the one that carries the connections.
+    pub fn watch_runtime(&self, runtime: tokio::runtime::Handle) {
+        self.register(|registry| {
+            registry.register_collector(Box::new(runtime::RuntimeCollector(runtime)));
+        });
+    }
+
+    /// Counts how long a step of a connection took.
+    pub fn took(
+        &self,
+        step: Step,
+        capture_mode: &'static str,
+        direction: Direction,
+        time: std::time::Duration,
+    ) {
+        self.latencies.observe(step, capture_mode, direction, time);
     }
 
     /// Lets another part of the program add its own metrics.
@@ -228,7 +260,7 @@ impl Telemetry {
 
     /// Opens the account of a connection.
     pub fn open(&self, opening: Opening) -> ConnectionRecord {
-        ConnectionRecord::open(opening, &self.series, &self.live)
+        ConnectionRecord::open(opening, &self.series, &self.live, &self.latencies)
     }
 
     /// A connection that is turned away before it is opened: one line at WARN, and one more failed connection.
@@ -265,6 +297,11 @@ impl Telemetry {
     /// What the program calls itself.
     pub fn options(&self) -> &TelemetryOptions {
         &self.options
+    }
+
+    /// All metrics in Prometheus' text format 0.0.4.
+    pub fn encode_prometheus(&self) -> Result<String, fmt::Error> {
+        self.encode().map(|text| exposition::prometheus(&text))
     }
 
     /// All metrics as OpenMetrics text, up to date with the live connections.

@@ -57,6 +57,11 @@ pub trait WorkloadHandler: Send + Sync + 'static {
         configuration: NodeConfiguration,
     ) -> impl Future<Output = Result<(), String>> + Send;
 
+    /// How many pods wait for another attempt to start them, told after every change.
+    fn pending(&self, pods: usize) {
+        let _ = pods;
+    }
+
     /// Open connections of a pod, for the agent's state query.
     fn connections(&self, uid: &str) -> u64;
 

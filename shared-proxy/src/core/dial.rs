@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::{Attachment, CoreConfig};
 use crate::capture::{HBONE_PORT, OnBehalfOf, Scope};
+use crate::telemetry::{Direction, Step};
 
 /// How many sockets are tried when the chosen source port is in use towards the destination.
 const TRIES: usize = 8;
@@ -57,6 +58,15 @@ fn hint(to: SocketAddr) -> &'static str {
 }
 
 impl Attachment {
+    /// Counts how long a step took that began at `began`.
+    pub(crate) fn took(&self, step: Step, direction: Direction, began: Instant) {
+        let capture_mode = self.scope.id().capture_mode;
+        let time = began.elapsed();
+        self.core
+            .telemetry
+            .took(step, capture_mode, direction, time);
+    }
+
     /// Connects to `to` with the address of `who`.
     pub(crate) async fn dial(
         &self,
@@ -64,7 +74,8 @@ impl Attachment {
         who: OnBehalfOf,
     ) -> Result<TcpStream, DialError> {
         let config = &self.core.config;
-        timeout(
+        let began = Instant::now();
+        let stream = timeout(
             config.connect_timeout,
             connect(&*self.scope, to, who, config),
         )
@@ -72,7 +83,13 @@ impl Attachment {
         .map_err(|_| DialError::TimedOut {
             to,
             after: config.connect_timeout,
-        })?
+        })??;
+        let direction = match who {
+            OnBehalfOf::LocalWorkload(_) => Direction::Outbound,
+            OnBehalfOf::RemoteClient(_) => Direction::Inbound,
+        };
+        self.took(Step::Connect, direction, began);
+        Ok(stream)
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::task::noop_waker_ref;
@@ -31,6 +31,7 @@ use crate::tls_stream::TlsStream;
 pub struct Tunnel {
     requests: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
+    tls_handshake: Duration,
 }
 
 /// Why there is no tunnel.
@@ -140,9 +141,11 @@ impl Tunnel {
     ) -> Result<Self, TunnelError> {
         // An address as server name sends no SNI; whether the name fits is not asked either.
         let name = ServerName::IpAddress(peer.ip().into());
+        let began = Instant::now();
         let tls = TlsStream::connect(tcp, tls, name)
             .await
             .map_err(|error| TunnelError::Tls(peer, error))?;
+        let tls_handshake = began.elapsed();
         if tls.alpn_protocol() != Some(ALPN_H2) {
             return Err(TunnelError::NotHttp2(peer));
         }
@@ -153,7 +156,16 @@ impl Tunnel {
             .map_err(|error| TunnelError::Http2(peer, error))?;
         let closed = Arc::new(AtomicBool::new(false));
         tokio::spawn(drive(connection, closed.clone(), config.clone(), peer));
-        Ok(Self { requests, closed })
+        Ok(Self {
+            requests,
+            closed,
+            tls_handshake,
+        })
+    }
+
+    /// How long its TLS handshake took.
+    pub fn tls_handshake(&self) -> Duration {
+        self.tls_handshake
     }
 
     /// Opens a stream to `target`. Returns when the peer has answered 200: then the application's connection stands.

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
@@ -21,7 +21,7 @@ use crate::drain::Signal;
 use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
 use crate::inbound::{Arrival, Arrived, arrive};
 use crate::relay::{self, End, RelayError};
-use crate::telemetry::{ConnectionError, Direction, ResponseFlag};
+use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step};
 use crate::tls_stream::TlsStream;
 
 type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
@@ -119,9 +119,11 @@ async fn establish(
         .identity_of(&pod)
         .map_err(TunnelFailure::Identity)?;
     let certificate = attachment.core.certificates.get(&identity).await?;
+    let began = Instant::now();
     let tls = TlsStream::accept(tcp, certificate.server_config())
         .await
         .map_err(TunnelFailure::Tls)?;
+    attachment.took(Step::TlsHandshake, Direction::Inbound, began);
     let peer = peer_identity(tls.peer_certificates().unwrap_or_default())?;
     let expected = &attachment.core.config.trust_domain;
     if peer.trust_domain() != expected {
@@ -186,6 +188,7 @@ async fn stream(
     mut respond: SendResponse<Bytes>,
     signal: Signal,
 ) {
+    let began = Instant::now();
     let admitted = tokio::select! {
         admitted = Box::pin(admit(&session, &request, &signal)) => admitted,
         () = signal.cut() => {
@@ -206,6 +209,8 @@ async fn stream(
         }
     };
     let recv = request.into_body();
+    let attachment = &session.attachment;
+    attachment.took(Step::Total, Direction::Inbound, began);
     let result = match respond.send_response(response(StatusCode::OK), false) {
         Ok(send) => {
             let stream = HboneStream { send, recv };

@@ -1,11 +1,13 @@
 //! Plaintext connections to captured pods (15006).
 
+use std::time::Instant;
+
 use super::{Arrival, Arrived, arrive};
 use crate::capture::{Captured, ClientAddr, OrigDstAddr, Role};
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
 use crate::relay::{self, Leg};
-use crate::telemetry::Direction;
+use crate::telemetry::{Direction, Step};
 
 /// Serves one connection to its end.
 pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Signal) {
@@ -15,6 +17,7 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
         dst,
     } = captured;
     let leg = Leg::new(stream);
+    let began = Instant::now();
     let prepared = tokio::select! {
         prepared = Box::pin(prepare(&attachment, client, dst, &signal)) => prepared,
         () = signal.cut() => return,
@@ -27,6 +30,7 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
         application,
         admitted,
     } = arrived;
+    attachment.took(Step::Total, Direction::Inbound, began);
     let result = tokio::select! {
         result = relay::between_tcp(leg, application, &record) => result.map_err(Failure::from),
         () = signal.cut() => Err(admitted.cut()),

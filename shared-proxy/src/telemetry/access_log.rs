@@ -11,7 +11,7 @@ use super::{ConnectionError, Direction};
 pub const TARGET: &str = "access";
 
 /// Bytes that a connection moved, in the connection's own terms.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Moved {
     /// Client towards destination.
     pub sent: u64,

@@ -12,7 +12,8 @@ use crate::state::Service;
 
 use super::access_log::{self, Moved};
 use super::labels::ConnectionLabels;
-use super::metrics::{Series, SeriesTable};
+use super::latency::{Latencies, Step};
+use super::series::{Series, SeriesTable};
 use super::{ConnectionError, Direction, Endpoint, Opening, ResponseFlag};
 
 /// What does not change after the connection was opened.
@@ -69,6 +70,9 @@ impl Live {
     fn flush_locked(&self, late: &mut Late, table: &SeriesTable) -> Arc<Series> {
         let series = self.series(late, table);
         let moved = self.moved();
+        if moved != late.counted {
+            table.used(&series);
+        }
         series
             .sent
             .fetch_add(moved.sent.saturating_sub(late.counted.sent), Relaxed);
@@ -212,6 +216,7 @@ pub struct ConnectionRecord {
     live: Arc<Live>,
     table: Arc<SeriesTable>,
     registry: Arc<LiveConnections>,
+    latencies: Arc<Latencies>,
     finished: bool,
 }
 
@@ -220,6 +225,7 @@ impl ConnectionRecord {
         opening: Opening,
         table: &Arc<SeriesTable>,
         registry: &Arc<LiveConnections>,
+        latencies: &Arc<Latencies>,
     ) -> Self {
         let destination_known =
             opening.destination.workload.is_some() || opening.destination_service.is_some();
@@ -253,6 +259,7 @@ impl ConnectionRecord {
             live,
             table: Arc::clone(table),
             registry: Arc::clone(registry),
+            latencies: Arc::clone(latencies),
             finished: false,
         }
     }
@@ -264,7 +271,12 @@ impl ConnectionRecord {
 
     /// Adds bytes that went from the destination back to the client.
     pub fn received(&self, bytes: u64) {
-        self.live.received.fetch_add(bytes, Relaxed);
+        if self.live.received.fetch_add(bytes, Relaxed) == 0 && bytes > 0 {
+            let (direction, capture_mode) = self.live.kind();
+            let time = self.live.fixed.started.elapsed();
+            self.latencies
+                .observe(Step::FirstByte, capture_mode, direction, time);
+        }
     }
 
     /// Tells where the connection goes, if that was not known at opening. The labels of the metrics are fixed by whatever
@@ -294,6 +306,7 @@ impl ConnectionRecord {
         self.finished = true;
         let mut late = self.live.late();
         let series = self.live.flush_locked(&mut late, &self.table);
+        self.table.used(&series);
         match error {
             None => {
                 series.closed.fetch_add(1, Relaxed);

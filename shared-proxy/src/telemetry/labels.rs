@@ -134,7 +134,11 @@ impl ConnectionLabels {
 impl PeerLabels {
     fn of(workload: Option<&Workload>, principal: Option<&Identity>) -> Self {
         Self {
-            workload: label(workload.map(|w| &w.workload_name)),
+            // A workload that nothing controls (a bare pod, a state file that does not say) goes by its own name.
+            workload: label(workload.map(|w| match w.workload_name.is_empty() {
+                true => &w.name,
+                false => &w.workload_name,
+            })),
             canonical_service: label(workload.map(|w| &w.canonical_name)),
             canonical_revision: label(workload.map(|w| &w.canonical_revision)),
             namespace: label(workload.map(|w| &w.namespace)),

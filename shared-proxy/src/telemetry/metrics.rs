@@ -3,10 +3,10 @@
 //! A connection looks up its [`Series`] once. All metrics of a label set live in that one object, so that a connection
 //! costs one lookup and not one per metric.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -20,63 +20,7 @@ use prometheus_client::registry::Registry;
 use super::Direction;
 use super::connection::LiveConnections;
 use super::labels::ConnectionLabels;
-
-/// What is counted for one label set.
-#[derive(Debug)]
-pub(super) struct Series {
-    pub labels: Arc<ConnectionLabels>,
-    pub opened: AtomicU64,
-    pub closed: AtomicU64,
-    pub failed: AtomicU64,
-    pub sent: AtomicU64,
-    pub received: AtomicU64,
-}
-
-/// Every label set that was seen.
-#[derive(Debug, Default)]
-pub(super) struct SeriesTable {
-    series: RwLock<HashMap<Arc<ConnectionLabels>, Arc<Series>>>,
-}
-
-impl SeriesTable {
-    pub fn get(&self, labels: ConnectionLabels) -> Arc<Series> {
-        let known = self
-            .series
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&labels)
-            .cloned();
-        if let Some(series) = known {
-            return series;
-        }
-        let labels = Arc::new(labels);
-        let mut table = self.series.write().unwrap_or_else(PoisonError::into_inner);
-        let series = table.entry(Arc::clone(&labels)).or_insert_with(|| {
-            Arc::new(Series {
-                labels,
-                opened: AtomicU64::new(0),
-                closed: AtomicU64::new(0),
-                failed: AtomicU64::new(0),
-                sent: AtomicU64::new(0),
-                received: AtomicU64::new(0),
-            })
-        });
-        Arc::clone(series)
-    }
-
-    /// All series, in the order of their labels, so that two scrapes list them alike.
-    fn sorted(&self) -> Vec<Arc<Series>> {
-        let mut all: Vec<_> = self
-            .series
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .values()
-            .cloned()
-            .collect();
-        all.sort_by(|a, b| a.labels.cmp(&b.labels));
-        all
-    }
-}
+use super::series::{Series, SeriesTable};
 
 /// Writes the connection metrics. Before it does, every live connection adds what it has moved since the last scrape:
 /// counters are read nowhere else, so a scrape is never behind and no timer is needed.
@@ -88,32 +32,45 @@ pub(super) struct ConnectionCollector {
 
 type Read = fn(&Series) -> &AtomicU64;
 
-/// Name without the suffix `_total`, help, and where the value is.
-const COUNTERS: [(&str, &str, Read); 5] = [
+/// When a counter is listed.
+enum Listed {
+    /// From the first connection of a label set on, if it is 0 or not: a rate needs a beginning.
+    FromOpening,
+    /// When it is not 0: the label sets of failures are listed only for what failed.
+    WhenCounted,
+}
+
+/// Name without the suffix `_total`, help, where the value is, and when it is listed.
+const COUNTERS: [(&str, &str, Read, Listed); 5] = [
     (
         "istio_tcp_connections_opened",
         "Connections that were opened",
         |s| &s.opened,
+        Listed::FromOpening,
     ),
     (
         "istio_tcp_connections_closed",
         "Opened connections that have ended, for whatever reason",
         |s| &s.closed,
+        Listed::FromOpening,
     ),
     (
         "istio_tcp_connections_failed",
         "Connections that were refused or ended with an error; response_flags says at what",
         |s| &s.failed,
+        Listed::WhenCounted,
     ),
     (
         "istio_tcp_sent_bytes",
         "Bytes from the client towards the destination, whoever reports",
         |s| &s.sent,
+        Listed::FromOpening,
     ),
     (
         "istio_tcp_received_bytes",
         "Bytes from the destination back to the client, whoever reports",
         |s| &s.received,
+        Listed::FromOpening,
     ),
 ];
 
@@ -124,14 +81,27 @@ impl Collector for ConnectionCollector {
             connection.flush(&self.series);
             *open.entry(connection.kind()).or_default() += 1;
         }
+        self.series.expire();
         let all = self.series.sorted();
-        for (name, help, read) in COUNTERS {
+        for (name, help, read, listed) in &COUNTERS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for series in &all {
-                let metric = family.encode_family(&*series.labels)?;
-                ConstCounter::new(read(series).load(Relaxed)).encode(metric)?;
+                let value = read(series).load(Relaxed);
+                let opened =
+                    matches!(listed, Listed::FromOpening) && series.opened.load(Relaxed) > 0;
+                if value > 0 || opened {
+                    let metric = family.encode_family(&*series.labels)?;
+                    ConstCounter::new(value).encode(metric)?;
+                }
             }
         }
+        let expired = encoder.encode_descriptor(
+            "ambidex_metric_series_expired",
+            "Time series of connections that were dropped because nothing used them for long",
+            None,
+            MetricType::Counter,
+        )?;
+        ConstCounter::new(self.series.expired()).encode(expired)?;
         // A kind of connection that was seen stays, with 0: a gauge that vanishes cannot be told from a dead process.
         for series in &all {
             open.entry((series.labels.direction, series.labels.capture_mode))

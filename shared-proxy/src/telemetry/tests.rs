@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::time::Duration;
 
 use serde_json::Value;
 use tracing_subscriber::EnvFilter;
@@ -9,6 +10,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::*;
 use crate::capture::{ClientAddr, OrigDstAddr};
+
+mod series;
 
 type Labels = BTreeMap<String, String>;
 type Samples = BTreeMap<(String, Labels), f64>;
@@ -66,6 +69,7 @@ fn telemetry() -> Telemetry {
     Telemetry::new(TelemetryOptions {
         component: "ambidex".into(),
         tag: "1.2.3".into(),
+        ..TelemetryOptions::default()
     })
 }
 
@@ -186,7 +190,6 @@ fn a_connection_is_counted_with_every_label_while_it_lives_and_when_it_ends() {
         expect(&[
             ("connections_opened_total", labels("-"), 1.0),
             ("connections_closed_total", labels("-"), 0.0),
-            ("connections_failed_total", labels("-"), 0.0),
             ("sent_bytes_total", labels("-"), sent),
             ("received_bytes_total", labels("-"), received),
             ("sockets_open", open_gauge("source", "inpod"), 1.0),
@@ -200,7 +203,6 @@ fn a_connection_is_counted_with_every_label_while_it_lives_and_when_it_ends() {
     let ended = expect(&[
         ("connections_opened_total", labels("-"), 1.0),
         ("connections_closed_total", labels("-"), 1.0),
-        ("connections_failed_total", labels("-"), 0.0),
         ("sent_bytes_total", labels("-"), 1_005.0),
         ("received_bytes_total", labels("-"), 21.0),
         ("sockets_open", open_gauge("source", "inpod"), 0.0),
@@ -217,12 +219,42 @@ fn a_failure_is_closed_and_failed_under_its_flag() {
         ResponseFlag::Connect,
         "connection refused",
     )));
+    let expected = expect(&[
+        ("connections_opened_total", labels("-"), 1.0),
+        ("connections_closed_total", labels("-"), 0.0),
+        ("connections_closed_total", labels("CONNECT"), 1.0),
+        ("connections_failed_total", labels("CONNECT"), 1.0),
+        ("sent_bytes_total", labels("-"), 0.0),
+        ("received_bytes_total", labels("-"), 0.0),
+        ("sockets_open", open_gauge("source", "inpod"), 0.0),
+    ]);
+    assert_eq!(
+        tcp(&telemetry),
+        expected,
+        "no series of what never happened under a flag"
+    );
+}
+
+#[test]
+fn a_workload_that_nothing_controls_goes_by_its_own_name() {
+    let telemetry = telemetry();
+    let bare = workload("default", "", "one-pod", "v1");
+    let source = Endpoint {
+        workload: Some(bare),
+        ..opening(Direction::Outbound).source
+    };
+    let opening = Opening {
+        source,
+        ..opening(Direction::Outbound)
+    };
+    telemetry.open(opening).finish(Ok(()));
     let samples = tcp(&telemetry);
-    let value = |name: &str, flag| samples[&(format!("istio_tcp_{name}"), labels(flag))];
-    assert_eq!(value("connections_opened_total", "-"), 1.0);
-    assert_eq!(value("connections_closed_total", "-"), 0.0);
-    assert_eq!(value("connections_closed_total", "CONNECT"), 1.0);
-    assert_eq!(value("connections_failed_total", "CONNECT"), 1.0);
+    let ((_, labels), _) = samples
+        .iter()
+        .find(|((name, _), _)| name == "istio_tcp_connections_opened_total")
+        .unwrap();
+    assert_eq!(labels["source_workload"], "one-pod");
+    assert_eq!(labels["source_canonical_service"], "unknown");
 }
 
 #[test]
@@ -247,7 +279,6 @@ fn a_destination_found_later_labels_everything() {
     let expected = expect(&[
         ("connections_opened_total", labels("-"), 1.0),
         ("connections_closed_total", labels("-"), 1.0),
-        ("connections_failed_total", labels("-"), 0.0),
         ("sent_bytes_total", labels("-"), 7.0),
         ("received_bytes_total", labels("-"), 0.0),
         ("sockets_open", open_gauge("source", "inpod"), 0.0),
@@ -520,16 +551,18 @@ fn a_refused_connection_is_a_warning_and_counted_as_failed_only() {
             .starts_with("10.0.0.9 is not a pod")
     );
     let samples = tcp(&telemetry);
-    for (name, expected) in [("opened", 0.0), ("closed", 0.0), ("failed", 2.0)] {
-        let name = format!("istio_tcp_connections_{name}_total");
-        let mut found = samples.iter().filter(|((n, _), _)| *n == name);
-        let ((_, labels), value) = found.next().unwrap();
-        assert_eq!(*value, expected, "{name}");
-        assert_eq!(labels.len(), 24);
-        assert_eq!(labels["source_workload"], "unknown");
-        assert_eq!(labels["capture_mode"], "node");
-        assert!(found.next().is_none());
-    }
+    let mut found = samples
+        .iter()
+        .filter(|((name, _), _)| name != "istio_tcp_sockets_open");
+    let ((name, labels), value) = found.next().unwrap();
+    assert_eq!(
+        (name.as_str(), *value),
+        ("istio_tcp_connections_failed_total", 2.0)
+    );
+    assert_eq!(labels.len(), 24);
+    assert_eq!(labels["source_workload"], "unknown");
+    assert_eq!(labels["capture_mode"], "node");
+    assert!(found.next().is_none());
 }
 
 #[test]

@@ -130,6 +130,7 @@ impl Mesh {
         let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
             component: "test".to_owned(),
             tag: "0".to_owned(),
+            ..TelemetryOptions::default()
         }));
         let certificates = Certificates::new(self.ca.clone(), RefreshPolicy::default());
         let core = Core::new(

@@ -74,6 +74,7 @@ impl<H: WorkloadHandler> Workloads<H> {
     /// A new agent will tell everything again: forget what the last one said, keep what runs.
     pub(super) fn connected(&mut self) {
         self.pending.clear();
+        self.tell_pending();
         self.named.clear();
         self.snapshot_received = false;
     }
@@ -116,6 +117,7 @@ impl<H: WorkloadHandler> Workloads<H> {
         match self.handler.add(add.clone()).await {
             Ok(()) => {
                 self.pending.remove(&uid);
+                self.tell_pending();
                 self.running.insert(uid, Running::from(&add));
                 Ok(())
             }
@@ -127,10 +129,15 @@ impl<H: WorkloadHandler> Workloads<H> {
                     error: error.clone(),
                 };
                 self.pending.insert(uid, pending);
+                self.tell_pending();
                 self.ready = false;
                 Err(error)
             }
         }
+    }
+
+    fn tell_pending(&self) {
+        self.handler.pending(self.pending.len());
     }
 
     /// Tries the pending pods again.
@@ -154,6 +161,7 @@ impl<H: WorkloadHandler> Workloads<H> {
 
     pub(super) async fn del(&mut self, uid: &str, drain: Option<Duration>) {
         self.pending.remove(uid);
+        self.tell_pending();
         self.named.remove(uid);
         // Before, the end of the snapshot stops what is no longer named.
         if self.snapshot_received {

@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 use serde_json::{Map, Value, json};
 
 use super::{Admin, Site};
+use crate::telemetry::exposition::wants_open_metrics;
 
 /// Largest request body in bytes that is read (and thrown away: no page takes one).
 const BODY_LIMIT: usize = 64 * 1024;
@@ -16,6 +17,7 @@ const BODY_LIMIT: usize = 64 * 1024;
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 type Answer = Response<Full<Bytes>>;
 
@@ -29,6 +31,7 @@ struct Page {
 struct Query {
     method: Method,
     text: String,
+    accept: Option<String>,
 }
 
 const READ: &[Method] = &[Method::GET, Method::HEAD];
@@ -125,6 +128,11 @@ pub(super) async fn answer(
     let query = Query {
         method: head.method,
         text: head.uri.query().unwrap_or_default().to_owned(),
+        accept: head
+            .headers
+            .get(header::ACCEPT)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned),
     };
     Ok((page.show)(admin, &query))
 }
@@ -216,9 +224,13 @@ fn quit(admin: &Admin, _: &Query) -> Answer {
     }
 }
 
-fn metrics(admin: &Admin, _: &Query) -> Answer {
-    match admin.telemetry.encode() {
-        Ok(body) => respond(StatusCode::OK, OPEN_METRICS, body),
+fn metrics(admin: &Admin, query: &Query) -> Answer {
+    let (content_type, text) = match wants_open_metrics(query.accept.as_deref()) {
+        true => (OPEN_METRICS, admin.telemetry.encode()),
+        false => (PROMETHEUS, admin.telemetry.encode_prometheus()),
+    };
+    match text {
+        Ok(body) => respond(StatusCode::OK, content_type, body),
         Err(error) => failure(&error),
     }
 }

@@ -53,6 +53,7 @@ fn start() -> Running {
     let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
         component: "ambidex".into(),
         tag: "1.2.3".into(),
+        ..TelemetryOptions::default()
     }));
     let tasks = Readiness::new();
     let filter = Filter(Arc::new(Mutex::new("info".into())));
@@ -119,8 +120,16 @@ fn metrics_are_served_under_both_paths() {
     for path in ["/metrics", "/stats/prometheus"] {
         let (status, head, body) = ask(running.metrics, "GET", path);
         assert_eq!(status, "200 OK");
-        assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0"));
+        assert!(head.contains("content-type: text/plain; version=0.0.4"));
         assert!(body.contains("\nistio_build{component=\"ambidex\",tag=\"1.2.3\"} 1\n"));
+        assert!(body.contains("\n# TYPE istio_tcp_connections_opened_total counter\n"));
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n\r\n"
+        );
+        let (status, head, body) = raw(running.metrics, request.as_bytes());
+        assert_eq!(status, "200 OK");
+        assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0"));
+        assert!(body.contains("\n# TYPE istio_tcp_connections_opened counter\n"));
         assert!(body.ends_with("# EOF\n"));
     }
 }

@@ -1,0 +1,225 @@
+//! What an operator sees of the proxies, judged by the tools that operators have.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod harness;
+mod runtime;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use harness::Variant::{self, Inpod, NodeHybrid};
+use harness::shared;
+use lab::traffic::Check;
+use rstest::rstest;
+
+/// Labels that every series of a connection has.
+const COMMON: [&str; 24] = [
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+    "capture_mode",
+];
+
+/// Every metric has the field's name and type; the text is what Prometheus takes; the labels say who it was.
+#[rstest]
+fn metrics_are_the_fields(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let scene = shared(variant);
+    scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+    scene.check("plain1", scene.at("pod1-1"), Check::Who);
+    scene.refused("pod1-1", (scene.ip("pod2-1"), 8099).into());
+    let page = scene.page(1, 15020, "/stats/prometheus");
+    let families = parse(&page);
+    let kind = |name: &str| families.get(name).map_or("absent", |family| family.kind);
+    for (name, expected) in [
+        ("istio_tcp_connections_opened_total", "counter"),
+        ("istio_tcp_connections_closed_total", "counter"),
+        ("istio_tcp_connections_failed_total", "counter"),
+        ("istio_tcp_sent_bytes_total", "counter"),
+        ("istio_tcp_received_bytes_total", "counter"),
+        ("istio_tcp_sockets_open", "gauge"),
+        ("istio_build", "gauge"),
+        ("workload_manager_active_proxy_count", "gauge"),
+        ("workload_manager_pending_proxy_count", "gauge"),
+        ("workload_manager_proxies_started_total", "counter"),
+        ("workload_manager_proxies_stopped_total", "counter"),
+        ("process_open_fds", "gauge"),
+        ("process_max_fds", "gauge"),
+        ("tokio_num_workers", "gauge"),
+        ("ambidex_tls_handshake_duration_seconds", "histogram"),
+        ("ambidex_upstream_connect_duration_seconds", "histogram"),
+        ("ambidex_first_byte_duration_seconds", "histogram"),
+        ("ambidex_added_latency_seconds", "histogram"),
+    ] {
+        assert_eq!(kind(name), expected, "{name} in {page}");
+    }
+    for (name, family) in &families {
+        let connections = name.starts_with("istio_tcp_") && name != "istio_tcp_sockets_open";
+        for labels in family.samples.iter().filter(|_| connections) {
+            let names: BTreeSet<&str> = labels.keys().map(String::as_str).collect();
+            assert_eq!(names, COMMON.into(), "{name}");
+            assert_eq!(labels["capture_mode"], variant.capture());
+            // The state file says nothing of deployments: a pod goes by its own name.
+            let of_pod = labels["source_principal"] == scene.identity("pod1-1");
+            assert!(
+                !of_pod || labels["source_workload"] == "pod1-1",
+                "{labels:?}"
+            );
+            let failed = labels["response_flags"] != "-";
+            assert!(!failed || !name.contains("_opened_"), "{name} {labels:?}");
+        }
+    }
+    for stage in ["decide", "tunnel", "request", "total"] {
+        let labels = [("stage", stage), ("reporter", "source")];
+        let count = scene.metric(1, "ambidex_added_latency_seconds_count", &labels);
+        assert!(count >= 1.0, "{stage}");
+    }
+    assert_eq!(
+        scene.metric(1, "workload_manager_pending_proxy_count", &[]),
+        0.0
+    );
+    promtool(&page);
+}
+
+/// Prometheus' own judgement, where it is installed. It dislikes one thing, a gauge whose name ends in `_count`; the name
+/// is the field's.
+fn promtool(page: &str) {
+    let program = std::env::var("PROMTOOL").unwrap_or_else(|_| "promtool".to_owned());
+    let started = Command::new(&program)
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let Ok(mut child) = started else {
+        eprintln!("{program} is not installed: our own parser judges alone");
+        return;
+    };
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(page.as_bytes())
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    let complaints: Vec<&str> = said
+        .lines()
+        .filter(|line| !line.trim().is_empty() && !line.contains("_proxy_count non-histogram"))
+        .collect();
+    assert_eq!(complaints, Vec::<&str>::new());
+}
+
+struct Family<'a> {
+    kind: &'a str,
+    samples: Vec<BTreeMap<String, String>>,
+}
+
+/// Reads the text format as strictly as a scraper: every family has help and type before its samples and occurs once, a
+/// series occurs once, a histogram's buckets grow and end in its count.
+fn parse(page: &str) -> BTreeMap<String, Family<'_>> {
+    let mut families: BTreeMap<String, Family> = BTreeMap::new();
+    let mut series = BTreeSet::new();
+    let mut helped = "";
+    let mut current = String::new();
+    let mut bucket: Option<(String, f64)> = None;
+    for line in page.lines() {
+        if let Some(text) = line.strip_prefix("# HELP ") {
+            helped = text.split_once(' ').expect("help").0;
+            continue;
+        }
+        if let Some(text) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = text.split_once(' ').expect("a type");
+            assert_eq!(name, helped, "help comes first");
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            let family = Family {
+                kind,
+                samples: Vec::new(),
+            };
+            assert!(families.insert(name.to_owned(), family).is_none(), "{line}");
+            current = name.to_owned();
+            continue;
+        }
+        assert!(!line.starts_with('#'), "{line}");
+        let (left, value) = line.rsplit_once(' ').expect("a value");
+        let value: f64 = value.parse().expect("a number");
+        assert!(series.insert(left.to_owned()), "twice: {line}");
+        let (name, labels) = match left.split_once('{') {
+            Some((name, labels)) => (name, labels.strip_suffix('}').expect("closed labels")),
+            None => (left, ""),
+        };
+        let mut labels = read_labels(labels);
+        let family = families.get_mut(&current).expect("a family");
+        if family.kind == "histogram" {
+            let suffix = name.strip_prefix(&current).expect("its own samples");
+            let le = labels.remove("le");
+            assert_eq!(le.is_some(), suffix == "_bucket", "{line}");
+            let key = format!("{current}{labels:?}");
+            match suffix {
+                "_bucket" => {
+                    let below = bucket.as_ref().filter(|(of, _)| *of == key);
+                    assert!(below.is_none_or(|(_, count)| *count <= value), "{line}");
+                    bucket = Some((key, value));
+                }
+                "_count" => {
+                    let all = page.lines().find(|other| {
+                        other.starts_with(&format!("{current}_bucket"))
+                            && other.contains("le=\"+Inf\"")
+                            && labels
+                                .iter()
+                                .all(|(k, v)| other.contains(&format!("{k}=\"{v}\"")))
+                    });
+                    assert!(all.expect("+Inf").ends_with(&format!(" {value}")), "{line}");
+                }
+                "_sum" => {}
+                _ => panic!("{line}"),
+            }
+        } else {
+            assert_eq!(name, current, "{line}");
+            assert!(
+                family.kind != "counter" || name.ends_with("_total"),
+                "{line}"
+            );
+            assert!(family.kind != "counter" || value >= 0.0, "{line}");
+        }
+        family.samples.push(labels);
+    }
+    families
+}
+
+/// `a="b",c="d"`. The lab's names need no escapes.
+fn read_labels(text: &str) -> BTreeMap<String, String> {
+    let mut labels = BTreeMap::new();
+    let mut rest = text;
+    while let Some((name, tail)) = rest.split_once("=\"") {
+        assert!(
+            name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'),
+            "{text}"
+        );
+        let (value, tail) = tail.split_once('"').expect("a quoted value");
+        assert!(labels.insert(name.to_owned(), value.to_owned()).is_none());
+        rest = tail.strip_prefix(',').unwrap_or(tail);
+    }
+    assert_eq!(rest, "", "{text}");
+    labels
+}
