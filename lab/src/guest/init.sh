@@ -1,4 +1,4 @@
-# The first process of the machine. WORK, SUITE (program and arguments, quoted) and READABLE come before this text.
+# The first process of the machine. WORK, COMMAND (program and arguments, quoted) and READABLE come before this text.
 # The root is the builder's own, read-only; only WORK can be written to, and what is mounted here is gone with the machine.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/run LC_ALL=C.UTF-8
@@ -33,4 +33,8 @@ echo "$WORK/modprobe" > /proc/sys/kernel/modprobe
 "$WORK/modprobe" ipv6
 
 ip link set lo up
-eval "$SUITE"
+code=0
+eval "$COMMAND" || code=$?
+# Whole or not at all: whoever booted the machine may look at any moment.
+echo "$code" > "$WORK/code.part"
+mv "$WORK/code.part" "$WORK/code"
