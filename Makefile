@@ -10,7 +10,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	user-mode-linux libipset-dev libmnl-dev libclang-dev clang
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
-.PHONY: all deps build release bench test test-all test-geneve check clean-lab
+.PHONY: all deps build release bench bench-geneve test test-all test-geneve check clean-lab
 
 all: build
 
@@ -28,6 +28,10 @@ release: deps
 
 bench: release
 	target/release/ambidex bench $(ARGS)
+
+# In a User-Mode Linux machine, whose kernel has geneve: one processor, numbers that compare with each other only.
+bench-geneve: release
+	target/release/ambidex bench geneve
 
 test: deps
 	tests/run --suite ci

@@ -10,6 +10,7 @@ pub mod case;
 pub mod counters;
 pub mod environment;
 pub mod external;
+pub mod geneve;
 pub mod interrupt;
 pub mod load;
 pub mod pcap;

@@ -1,8 +1,10 @@
 //! `ambidex bench`: the main job.
 
+mod geneve;
+
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use lab::bench::case::Case;
 use lab::bench::interrupt::{self, Interrupted};
 use lab::bench::{BenchSpec, Variant, report, table};
@@ -15,7 +17,10 @@ use crate::options::require_overlay;
 const INTERRUPTED: u8 = 130;
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// Three rounds of three seconds, and on one node only the bulk stream
     #[arg(long)]
     quick: bool,
@@ -42,7 +47,18 @@ pub(crate) struct BenchArgs {
     verbose: bool,
 }
 
+/// Other instruments than the side-by-side run.
+#[derive(Debug, Subcommand)]
+enum Other {
+    /// The same benchmark over real geneve, in a User-Mode Linux machine on one processor
+    Geneve(geneve::GeneveArgs),
+}
+
 pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
+    match args.other {
+        Some(Other::Geneve(args)) => return geneve::run(args),
+        None => {}
+    }
     let (rounds, seconds, cases) = if args.quick {
         (3, 3, Case::quick())
     } else {

@@ -33,6 +33,9 @@ pub struct Environment {
     pub load_average: String,
     /// Share of all processors that was busy while the labs stood warm and idle, right before the first sample.
     pub busy_before: Option<f64>,
+    /// Whether the machine was a User-Mode Linux process, whose numbers compare with each other only. Left out if not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub user_mode_linux: bool,
 }
 
 impl Environment {
@@ -67,6 +70,7 @@ impl Environment {
                 .unwrap_or_default()
                 .to_owned(),
             busy_before: None,
+            user_mode_linux: is_user_mode_linux(&read("/proc/cpuinfo")),
         }
     }
 
@@ -106,6 +110,12 @@ impl Environment {
     }
 }
 
+fn is_user_mode_linux(cpuinfo: &str) -> bool {
+    cpuinfo
+        .lines()
+        .any(|line| line.starts_with("vendor_id") && line.ends_with(": User Mode Linux"))
+}
+
 fn read(path: &str) -> String {
     std::fs::read_to_string(path)
         .unwrap_or_default()
@@ -141,6 +151,12 @@ mod tests {
             "{:?}",
             environment.tools
         );
+        assert!(
+            !environment.user_mode_linux,
+            "this runs in no machine of the lab's"
+        );
+        let guest = "processor\t: 0\nvendor_id\t: User Mode Linux\nmodel name\t: UML\n";
+        assert!(is_user_mode_linux(guest));
         environment.ask_load();
         assert!(
             environment
