@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use serde_json::Value;
 
 /// Crate of this workspace → the crates of this workspace that it may depend on, for building and for testing.
-const MAY_DEPEND_ON: [(&str, &[&str]); 7] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
     ("shared-proxy", &[]),
     ("host-net", &[]),
     ("node-redirect", &["shared-proxy", "host-net"]),
@@ -18,6 +18,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 7] = [
         "splice-relay",
         &["shared-proxy", "host-net", "inpod-redirect"],
     ),
+    ("control-plane", &["shared-proxy"]),
     ("lab", &["host-net"]),
     (
         "ambidex",
@@ -27,6 +28,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 7] = [
             "node-redirect",
             "inpod-redirect",
             "splice-relay",
+            "control-plane",
             "lab",
         ],
     ),
