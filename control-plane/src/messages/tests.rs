@@ -76,7 +76,7 @@ fn a_workload_is_read_in_any_order_and_with_unknown_fields_between() {
     let waypoint = read.waypoint.clone().unwrap();
     assert_eq!(waypoint.hbone_mtls_port, 15000);
     assert!(
-        matches!(waypoint.destination, Some(Destination::Address(a)) if &a.address[..] == [10, 0, 0, 9])
+        matches!(waypoint.destination, Some(Destination::Address(a)) if a.address[..] == [10, 0, 0, 9])
     );
 
     let mut reordered = WORKLOAD.to_vec();
