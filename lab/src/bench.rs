@@ -1,7 +1,7 @@
 //! Side-by-side measurement: the same load through each capture, and through none, in interleaved rounds; with proof, from
 //! captured packets and device counters, of the path that the bytes took.
 //!
-//! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`stage`] is where, [`load`] makes the traffic with iperf3 and wrk,
+//! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`stage`] is where, [`load`] makes the traffic,
 //! [`accounting`] reads CPU time and [`counters`] devices, [`proof`] judges captured packets ([`tap`], [`pcap`],
 //! [`tls_records`]), [`report`] keeps every sample, [`statistics`] and [`table`] print them.
 
@@ -14,6 +14,7 @@ pub mod geneve;
 pub mod interrupt;
 pub mod load;
 pub mod pcap;
+pub mod pinning;
 pub mod proof;
 pub mod relayed;
 pub mod report;

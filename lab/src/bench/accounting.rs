@@ -94,6 +94,27 @@ pub fn process(pid: i32) -> io::Result<Cpu> {
     parse_process(&text).ok_or_else(|| io::Error::other(format!("{path} has an unknown format")))
 }
 
+/// Time that the threads which a process has have run, in seconds. Finer than [`process`], which counts in ticks, but what
+/// has ended is not in it: good for telling whether a process ran at all.
+///
+/// # Errors
+/// When there is no such process, or the kernel keeps no statistics of its scheduler (proc(5), /proc/PID/schedstat).
+pub fn ran(pid: i32) -> io::Result<f64> {
+    let mut nanoseconds = 0.0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = task?.path().join("schedstat");
+        // A thread may end meanwhile.
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            continue;
+        };
+        let ran = text.split_ascii_whitespace().next();
+        nanoseconds += ran
+            .and_then(|ran| ran.parse::<f64>().ok())
+            .ok_or_else(|| io::Error::other(format!("{} has an unknown format", path.display())))?;
+    }
+    Ok(nanoseconds / 1e9)
+}
+
 fn parse_process(text: &str) -> Option<Cpu> {
     // The second field is the program's name in parentheses and may contain anything.
     let (_, after_name) = text.rsplit_once(") ")?;
@@ -146,5 +167,6 @@ mod tests {
             }
         }
         assert!(machine().unwrap().since(machine_before).total() >= 0.05);
+        assert!(ran(pid).unwrap() >= 0.05);
     }
 }

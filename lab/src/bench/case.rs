@@ -65,6 +65,10 @@ pub enum Load {
     },
     /// A connection for each request, 16 at a time (wrk against nginx, `Connection: close`): `newconn`.
     NewConnections,
+    /// Connections one after the other, timed to the first byte of the answer: `first-byte`.
+    FirstByte,
+    /// The same, each through a tunnel of its own that has to be opened first: `cold`.
+    Cold,
 }
 
 /// How long a sample of a load is.
@@ -78,7 +82,7 @@ pub enum Amount {
 
 impl Load {
     /// All, in the order in which they are measured.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::bulk(1, Way::Up),
         Self::bulk(1, Way::Down),
         Self::bulk(8, Way::Up),
@@ -86,6 +90,8 @@ impl Load {
         Self::RequestResponse { connections: 1 },
         Self::RequestResponse { connections: 64 },
         Self::NewConnections,
+        Self::FirstByte,
+        Self::Cold,
     ];
 
     const fn bulk(streams: u8, way: Way) -> Self {
@@ -98,6 +104,7 @@ impl Load {
             Self::Bulk { .. } => "Gbit/s",
             Self::RequestResponse { .. } => "req/s",
             Self::NewConnections => "conn/s",
+            Self::FirstByte | Self::Cold => "us",
         }
     }
 
@@ -105,15 +112,18 @@ impl Load {
     pub fn higher_is_better(self) -> bool {
         match self {
             Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections => true,
+            Self::FirstByte | Self::Cold => false,
         }
     }
 
     /// How long a sample is.
     pub fn amount(self) -> Amount {
         match self {
-            Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections => {
-                Amount::Seconds
-            }
+            Self::Bulk { .. }
+            | Self::RequestResponse { .. }
+            | Self::NewConnections
+            | Self::FirstByte
+            | Self::Cold => Amount::Seconds,
         }
     }
 
@@ -122,7 +132,7 @@ impl Load {
         match self {
             Self::Bulk { .. } => "GB",
             Self::RequestResponse { .. } => "1,000 req",
-            Self::NewConnections => "1,000 conn",
+            Self::NewConnections | Self::FirstByte | Self::Cold => "1,000 conn",
         }
     }
 
@@ -130,7 +140,9 @@ impl Load {
     pub fn work_unit_size(self) -> f64 {
         match self {
             Self::Bulk { .. } => 1e9,
-            Self::RequestResponse { .. } | Self::NewConnections => 1e3,
+            Self::RequestResponse { .. } | Self::NewConnections | Self::FirstByte | Self::Cold => {
+                1e3
+            }
         }
     }
 
@@ -138,7 +150,9 @@ impl Load {
     pub fn show(self, value: f64) -> String {
         match self {
             Self::Bulk { .. } => format!("{value:.2}"),
-            Self::RequestResponse { .. } | Self::NewConnections => format!("{value:.0}"),
+            Self::RequestResponse { .. } | Self::NewConnections | Self::FirstByte | Self::Cold => {
+                format!("{value:.0}")
+            }
         }
     }
 }
@@ -154,6 +168,8 @@ impl fmt::Display for Load {
             }
             Self::RequestResponse { connections } => format!("rr{connections}"),
             Self::NewConnections => "newconn".to_owned(),
+            Self::FirstByte => "first-byte".to_owned(),
+            Self::Cold => "cold".to_owned(),
         })
     }
 }
@@ -198,9 +214,11 @@ impl Case {
     }
 
     /// Whether there is anything to measure: a variant that does not have what the case is about has no samples of it.
-    pub fn applies_to(self, _variant: &Variant) -> bool {
+    pub fn applies_to(self, variant: &Variant) -> bool {
         match self.load {
-            Load::Bulk { .. } | Load::RequestResponse { .. } | Load::NewConnections => true,
+            // Inside the proxy there are no tunnels.
+            Load::Cold => *variant != Variant::NodeDirect || self.path == Path::CrossNode,
+            _ => true,
         }
     }
 

@@ -9,7 +9,7 @@ use super::accounting::{self, Cpu};
 use super::case::{CLIENT, Case, Load, Path, Way};
 use super::counters::{self, Counters, ISTIOIN, ISTIOOUT};
 use super::interrupt;
-use super::load::{self, Servers};
+use super::load::{self, Servers, Target};
 use super::report::Sample;
 use super::run::BenchSpec;
 use super::variant::Variant;
@@ -21,13 +21,16 @@ const TUNNEL_SHARE: f64 = 0.95;
 /// With the flow `hybrid`, at most this share. Retransmitted first packets count.
 const HYBRID_SHARE: f64 = 0.01;
 
+/// No proxy passes on a request and its answer in less time than this, in seconds: two wakeups take more.
+const LEAST_PER_OPERATION: f64 = 2e-6;
+
 /// A lab with its servers.
 #[derive(Debug)]
 pub struct Stage {
     /// What is measured in it.
     pub variant: Variant,
     // Servers end before the lab is removed: fields are dropped in this order.
-    _servers: Vec<Servers>,
+    servers: Vec<Servers>,
     /// The lab.
     pub lab: ScopedLab,
 }
@@ -47,7 +50,7 @@ impl Stage {
         }
         let stage = Self {
             variant: variant.clone(),
-            _servers: servers,
+            servers,
             lab,
         };
         stage.wait_for_servers()?;
@@ -74,6 +77,11 @@ impl Stage {
         Ok(())
     }
 
+    /// Pids of all servers, for what is to be known of them.
+    pub fn server_pids(&self) -> Vec<u32> {
+        self.servers.iter().flat_map(Servers::pids).collect()
+    }
+
     /// The overlay device that this lab uses, if it uses one.
     pub fn overlay(&self) -> Option<String> {
         let netns = self.lab.netns("node1").ok()?;
@@ -94,14 +102,34 @@ impl Stage {
     /// When one does not run.
     pub fn proxies(&self) -> Result<Cpu> {
         let mut sum = Cpu::default();
-        if self.variant != Variant::None {
-            for node in [1, 2] {
-                let proxy = self
-                    .lab
-                    .process(node, Daemon::Proxy)
-                    .with_context(|| format!("proxy{node} does not run"))?;
-                sum = sum.plus(accounting::process(proxy.pid)?);
-            }
+        for pid in self.proxy_pids()? {
+            sum = sum.plus(accounting::process(pid)?);
+        }
+        Ok(sum)
+    }
+
+    /// Pids of the proxies of node 1 and 2; of none where there is no mesh.
+    ///
+    /// # Errors
+    /// When one does not run.
+    pub fn proxy_pids(&self) -> Result<Vec<i32>> {
+        if self.variant == Variant::None {
+            return Ok(Vec::new());
+        }
+        let pid = |node| {
+            let proxy = self.lab.process(node, Daemon::Proxy);
+            Ok(proxy
+                .with_context(|| format!("proxy{node} does not run"))?
+                .pid)
+        };
+        [1, 2].into_iter().map(pid).collect()
+    }
+
+    /// Seconds that the proxies' threads have run.
+    fn proxies_ran(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for pid in self.proxy_pids()? {
+            sum += accounting::ran(pid)?;
         }
         Ok(sum)
     }
@@ -130,8 +158,16 @@ impl Stage {
         let client = self.lab.netns(CLIENT)?;
         let overlays = self.overlays(case.path)?;
         let (machine, stolen) = (accounting::machine()?, accounting::stolen()?);
+        let ran = self.proxies_ran()?;
         let (proxies, before) = (self.proxies()?, Instant::now());
-        let measured = load::run(case.load, &client, server.ip, seconds)?;
+        let target = Target {
+            stage: self,
+            path: case.path,
+            client,
+            server: server.ip,
+            seconds,
+        };
+        let measured = load::run(case.load, &target)?;
         let sample = Sample {
             variant: self.variant.clone(),
             case,
@@ -157,16 +193,21 @@ impl Stage {
                 measured.work
             );
         }
-        took_the_path(&sample)?;
+        took_the_path(&sample, self.proxies_ran()? - ran)?;
         Ok(sample)
     }
 }
 
 /// Whether what was measured took the path that was proven before, as far as can be told without touching the load.
-fn took_the_path(sample: &Sample) -> Result<()> {
+/// `ran` is the time that the proxies' threads ran meanwhile, in seconds.
+fn took_the_path(sample: &Sample, ran: f64) -> Result<()> {
     let [istioout, _] = sample.overlays;
-    if sample.variant != Variant::None && sample.proxies_cpu.total() == 0.0 {
-        bail!("the proxies used no CPU: the load did not pass through them");
+    let least = match sample.case.load {
+        Load::Bulk { .. } => 1e-3,
+        _ => LEAST_PER_OPERATION * sample.work,
+    };
+    if sample.variant != Variant::None && ran < least {
+        bail!("the proxies ran for {ran:.6} s only: the load did not pass through them");
     }
     if !sample.variant.is_node() {
         if sample.overlays != [Counters::default(); 2] {
@@ -231,7 +272,8 @@ mod tests {
                 Counters::default(),
             ],
         };
-        let fine = |variant, tx_bytes, cpu| took_the_path(&sample(variant, tx_bytes, cpu)).is_ok();
+        let fine =
+            |variant, tx_bytes, cpu| took_the_path(&sample(variant, tx_bytes, cpu), cpu).is_ok();
         assert!(fine(Variant::None, 0, 0.0) && !fine(Variant::None, 1, 0.0));
         assert!(fine(Variant::Inpod, 0, 1.0) && !fine(Variant::Inpod, 0, 0.0));
         assert!(fine(Variant::NodeHybrid, 1_000, 1.0));
