@@ -13,6 +13,7 @@ use shared_proxy::capture::{
 use shared_proxy::core::Keepalive;
 use shared_proxy::drain::Signal;
 use shared_proxy::relay::Leg;
+use shared_proxy::state::balancing::Wanted;
 use shared_proxy::state::workload::Protocol;
 use shared_proxy::state::{Snapshot, Store};
 use socket2::{SockRef, TcpKeepalive};
@@ -246,7 +247,7 @@ fn choose(snapshot: &Snapshot, client: IpAddr, dst: SocketAddr) -> Result<Destin
     let source = snapshot
         .workload_by_ip(client)
         .ok_or(Refused::UnknownClient(client))?;
-    let chosen = snapshot.choose_endpoint(&service, &source, dst.port(), &mut rng());
+    let chosen = snapshot.choose_endpoint(&service, &source, Wanted::Port(dst.port()), &mut rng());
     let target = chosen.and_then(|(workload, port)| {
         let like = |address: &&IpAddr| address.is_ipv4() == dst.is_ipv4();
         let address = workload.addresses.iter().find(like)?;

@@ -8,6 +8,7 @@ mod config;
 mod dial;
 mod ending;
 mod enforce;
+mod resolve;
 mod workload;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ pub use config::{CoreConfig, Keepalive};
 pub use dial::DialError;
 pub(crate) use ending::Failure;
 pub(crate) use enforce::Admitted;
+pub use resolve::{Resolve, SystemResolver};
 
 use crate::capture::{Listener, Role, Scope, ScopeId};
 use crate::drain::{Drain, Drainer};

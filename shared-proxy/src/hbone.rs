@@ -3,12 +3,25 @@
 //! [`client`] opens tunnels and streams, [`server`] accepts them, [`stream`] moves bytes. What both ends agree on, the
 //! numbers of HTTP/2, is here.
 
+pub mod authority;
+pub(crate) mod baggage;
 pub mod client;
 mod liveness;
 pub mod server;
 pub mod stream;
+pub mod stream_io;
 
 use std::time::Duration;
+
+use http::HeaderName;
+
+/// Says, to the far end of a tunnel inside a tunnel, from which network it comes: addresses of it mean nothing there.
+pub(crate) const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
+
+/// Who an end is.
+pub(crate) const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+/// For whom, and to which name, a stream is opened.
+pub(crate) const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 
 /// HTTP/2 numbers of both ends of a tunnel.
 #[derive(Debug, Clone)]

@@ -1,16 +1,28 @@
 //! Connections to captured pods: policy, then the last hop.
 
 pub mod plaintext;
+mod proxy_protocol;
+mod target;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::capture::{ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf};
-use crate::core::{Admitted, Attachment, Failure};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::capture::{
+    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, LocalWorkload, OUTBOUND_PORT, OWN_PORTS,
+    OnBehalfOf,
+};
+use crate::core::{Admitted, Attachment, DialError, Failure};
 use crate::drain::Signal;
+use crate::hbone::authority::Authority;
 use crate::identity::Identity;
 use crate::relay::{Leg, Meter};
+use crate::state::{Service, Snapshot, Workload};
 use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
+use target::Target;
 
 /// A connection that has arrived at a captured pod, by whatever way.
 pub(crate) struct Arrival<'a> {
@@ -18,12 +30,23 @@ pub(crate) struct Arrival<'a> {
     pub(crate) client: ClientAddr,
     /// Address on the wire: the tunnel's end, if there is a tunnel.
     pub(crate) addr: SocketAddr,
-    /// What the application listens on.
-    pub(crate) target: SocketAddr,
+    /// What it asks for.
+    pub(crate) authority: &'a Authority,
     /// Who the client proved to be.
     pub(crate) peer: Option<&'a Identity>,
     /// Whether it came through a tunnel.
     pub(crate) tunnelled: bool,
+    /// What the peer's headers say.
+    pub(crate) claims: Claims,
+}
+
+/// What a peer says of a connection, for telemetry alone.
+#[derive(Debug, Default)]
+pub(crate) struct Claims {
+    /// Hostname of the service that the client named.
+    pub(crate) service: Option<String>,
+    /// Who the client is, if it is in another network: its address means nothing here.
+    pub(crate) foreign_source: Option<Arc<Workload>>,
 }
 
 /// A connection that was let in and reaches its application.
@@ -32,6 +55,8 @@ pub(crate) struct Arrived {
     pub(crate) application: Leg,
     /// Lives as long as the connection.
     pub(crate) admitted: Admitted,
+    /// Where it has arrived.
+    pub(crate) workload: Arc<Workload>,
 }
 
 /// Opens the account of an arrival, asks the policies, and connects to the application with the client's address. What
@@ -44,22 +69,29 @@ pub(crate) async fn arrive(
     signal: &Signal,
 ) -> Result<Arrived, Failure> {
     let began = Instant::now();
-    if OWN_PORTS.contains(&arrival.target.port()) {
-        return Err(refused(
-            attachment,
-            arrival,
-            Failure::OwnPort(arrival.target),
-        ));
+    let refused = |failure| refused(attachment, arrival, failure);
+    let known = attachment.workload_of(pod, arrival.addr.ip()).await;
+    let (snapshot, workload) = known.map_err(refused)?;
+    let target = if arrival.peer.is_some() {
+        target::find(&snapshot, &workload, arrival.addr, arrival.authority).map_err(refused)?
+    } else {
+        // Plaintext goes where it was meant to go, whatever is in front of the workload.
+        Target::plain(arrival.addr)
+    };
+    if OWN_PORTS.contains(&target.meant.port()) || LISTENED.contains(&target.application.port()) {
+        return Err(refused(Failure::OwnPort(target.application)));
     }
-    let known = attachment.workload_of(pod, arrival.target.ip()).await;
-    let (snapshot, workload) = known.map_err(|failure| refused(attachment, arrival, failure))?;
     let client = arrival.client.0;
+    let source_workload = match &arrival.claims.foreign_source {
+        Some(workload) => Some(workload.clone()),
+        None => snapshot.workload_by_ip(client.ip()),
+    };
     let record = attachment.core.telemetry.open(Opening {
         direction: Direction::Inbound,
         capture_mode: attachment.scope.id().capture_mode,
         source: Endpoint {
             addr: client,
-            workload: snapshot.workload_by_ip(client.ip()),
+            workload: source_workload,
             identity: arrival.peer.cloned(),
         },
         destination: Endpoint {
@@ -67,15 +99,17 @@ pub(crate) async fn arrive(
             workload: Some(workload.clone()),
             identity: attachment.identity_of(pod).ok(),
         },
-        destination_service: None,
-        hbone_addr: arrival.tunnelled.then_some(arrival.target),
+        destination_service: service_of(&snapshot, &workload, &target, &arrival.claims),
+        hbone_addr: arrival
+            .tunnelled
+            .then(|| arrival.authority.address().unwrap_or(target.meant)),
         mutual_tls: arrival.tunnelled,
     });
     let admitted = attachment.core.admit(
         &workload,
         arrival.client,
         arrival.peer,
-        arrival.target,
+        target.meant,
         signal.cutter(),
     );
     let admitted = match admitted {
@@ -84,14 +118,59 @@ pub(crate) async fn arrive(
     };
     attachment.took(Step::Decide, Direction::Inbound, began);
     let who = OnBehalfOf::RemoteClient(client.ip());
-    match attachment.dial(arrival.target, who).await {
+    let dialled = match attachment.dial(target.application, who).await {
+        Ok(stream) if target.announced => announce(stream, arrival, &target).await,
+        dialled => dialled,
+    };
+    match dialled {
         Ok(stream) => Ok(Arrived {
             record,
             application: Leg::new(stream),
             admitted,
+            workload,
         }),
         Err(error) => Err(failed(record, error.into())),
     }
+}
+
+/// Ports that we listen on in a pod. One of the others may be the port of an application tunnel.
+const LISTENED: [u16; 3] = [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT];
+
+/// Tells the application of its connection, ahead of the connection's bytes.
+async fn announce(
+    mut stream: TcpStream,
+    arrival: &Arrival<'_>,
+    target: &Target,
+) -> Result<TcpStream, DialError> {
+    let header = proxy_protocol::header(
+        arrival.client.0,
+        arrival.authority,
+        target.meant,
+        arrival.peer,
+    );
+    // Far less than what an empty send buffer takes at once.
+    match stream.write_all(&header).await {
+        Ok(()) => Ok(stream),
+        Err(source) => Err(DialError::Connect {
+            to: target.application,
+            source,
+        }),
+    }
+}
+
+/// The service that the client named: what was asked for says it, or else the peer.
+fn service_of(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    target: &Target,
+    claims: &Claims,
+) -> Option<Arc<Service>> {
+    if target.service.is_some() {
+        return target.service.clone();
+    }
+    let claimed = claims.service.as_deref()?;
+    let mut served = workload.services.keys();
+    snapshot.service(served.find(|key| *key.hostname == *claimed)?)
 }
 
 /// Says that an arrival was turned away before it had an account.
@@ -100,7 +179,7 @@ fn refused(attachment: &Attachment, arrival: &Arrival<'_>, failure: Failure) -> 
         Direction::Inbound,
         attachment.scope.id().capture_mode,
         arrival.client,
-        Some(crate::capture::OrigDstAddr(arrival.target)),
+        Some(crate::capture::OrigDstAddr(arrival.addr)),
         &failure.describe(),
     );
     failure

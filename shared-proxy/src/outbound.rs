@@ -3,26 +3,29 @@
 mod headers;
 mod route;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
 use rand::rng;
+use tokio::time::timeout;
 
 use crate::capture::{
     Captured, ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf, OrigDstAddr, Role,
 };
 use crate::core::{Admitted, Attachment, Failure};
 use crate::drain::Signal;
+use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, Tunnel};
 use crate::hbone::stream::HboneStream;
+use crate::hbone::stream_io::StreamIo;
 use crate::identity::Identity;
 use crate::inbound;
 use crate::pool::{Lease, PoolKey};
 use crate::relay::{self, End, Leg, Meter};
 use crate::state::Workload;
 use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
-use route::{Destination, Way};
+use route::{Destination, Pick, Way};
 
 /// Who opened a connection.
 struct Source {
@@ -123,15 +126,46 @@ async fn decide(
     refuse_own_port(&owner, client, dst.0)?;
     let identity = attachment.identity_of(&owner)?;
     let (snapshot, workload) = attachment.workload_of(&owner, client.0.ip()).await?;
-    let scope = &*attachment.scope;
-    let destination = route::choose(&snapshot, scope, &workload, dst.0, &mut rng())?;
-    refuse_own_port(&owner, client, destination.target)?;
+    let pick = route::pick(&snapshot, &workload, dst.0, &mut rng())?;
+    let address = match pick.address() {
+        Some(address) => address,
+        None => resolve(attachment, &pick, dst.0.is_ipv4()).await?,
+    };
+    let destination = pick.at(&*attachment.scope, address);
+    if let Some(target) = destination.authority.address() {
+        refuse_own_port(&owner, client, target)?;
+    }
     let source = Source {
         client,
         identity,
         workload,
     };
     Ok((source, destination))
+}
+
+/// Looks up the name of a workload that has no address of its own.
+async fn resolve(
+    attachment: &Attachment,
+    pick: &Pick,
+    prefers_ipv4: bool,
+) -> Result<IpAddr, Failure> {
+    let hostname = pick.hostname().cloned().unwrap_or_default();
+    let failed = |reason: String| Failure::Unresolved {
+        hostname: hostname.clone(),
+        reason,
+    };
+    let config = &attachment.core.config;
+    let found = timeout(config.connect_timeout, config.resolver.resolve(&hostname))
+        .await
+        .map_err(|_| failed(format!("no answer within {:?}", config.connect_timeout)))?
+        .map_err(|error| failed(error.to_string()))?;
+    let mut suitable = found.into_iter().filter(|address| pick.suits(*address));
+    let first = suitable.next();
+    first
+        .filter(|address| address.is_ipv4() == prefers_ipv4)
+        .or_else(|| suitable.find(|address| address.is_ipv4() == prefers_ipv4))
+        .or(first)
+        .ok_or_else(|| failed("it has none of a family that the service has".to_owned()))
 }
 
 /// A connection to one of our ports on the pod's own address would come back to us, for ever.
@@ -151,11 +185,8 @@ fn refuse_own_port(
 }
 
 fn opening(attachment: &Attachment, source: &Source, destination: &Destination) -> Opening {
-    let (addr, hbone_addr) = match &destination.way {
-        Way::Tunnel { endpoint, .. } => (*endpoint, Some(destination.target)),
-        Way::Plain | Way::HandOver(_) => (destination.target, None),
-    };
-    let tunnelled = hbone_addr.is_some();
+    let tunnelled = matches!(destination.way, Way::Tunnel { .. } | Way::Nested { .. });
+    let hbone_addr = destination.authority.address().filter(|_| tunnelled);
     Opening {
         direction: Direction::Outbound,
         capture_mode: attachment.scope.id().capture_mode,
@@ -165,7 +196,7 @@ fn opening(attachment: &Attachment, source: &Source, destination: &Destination) 
             identity: Some(source.identity.clone()),
         },
         destination: Endpoint {
-            addr,
+            addr: destination.endpoint,
             identity: destination
                 .workload
                 .as_ref()
@@ -186,23 +217,25 @@ async fn connect(
     accounts: &mut Accounts,
     signal: &Signal,
 ) -> Result<Upstream, Failure> {
-    let to = destination.target;
+    let to = destination.endpoint;
     match &destination.way {
         Way::Plain => {
             let who = OnBehalfOf::LocalWorkload(source.client.0.ip());
             Ok(Upstream::Tcp(Leg::new(attachment.dial(to, who).await?)))
         }
-        Way::Tunnel { endpoint, expected } => {
-            let key = PoolKey {
-                scope: attachment.scope.id().clone(),
-                attachment: attachment.number,
-                source: source.identity.clone(),
-                source_address: source.client.0.ip(),
-                destination: *endpoint,
-                expected: expected.clone(),
-            };
-            let headers = headers::connect(&attachment.core.config, source, destination);
-            let (stream, lease) = open_stream(attachment, &key, to, headers).await?;
+        Way::Tunnel { expected } => {
+            let key = pool_key(attachment, source, to, expected);
+            let headers = headers::connect(source, destination);
+            let (stream, lease) =
+                open_stream(attachment, &key, &destination.authority, headers).await?;
+            Ok(Upstream::Tunnel(stream, lease))
+        }
+        Way::Nested { gateway, expected } => {
+            let key = pool_key(attachment, source, to, gateway);
+            let headers = headers::connect(source, destination);
+            let (outer, lease) =
+                open_stream(attachment, &key, &destination.authority, headers).await?;
+            let stream = open_nested(attachment, source, destination, expected, outer).await?;
             Ok(Upstream::Tunnel(stream, lease))
         }
         Way::HandOver(pod) => {
@@ -212,9 +245,10 @@ async fn connect(
                 &inbound::Arrival {
                     client: source.client,
                     addr: to,
-                    target: to,
+                    authority: &destination.authority,
                     peer,
                     tunnelled: false,
+                    claims: inbound::Claims::default(),
                 },
                 pod,
                 signal,
@@ -226,12 +260,56 @@ async fn connect(
     }
 }
 
+fn pool_key(
+    attachment: &Attachment,
+    source: &Source,
+    destination: SocketAddr,
+    expected: &Arc<[Identity]>,
+) -> PoolKey {
+    PoolKey {
+        scope: attachment.scope.id().clone(),
+        attachment: attachment.number,
+        source: source.identity.clone(),
+        source_address: source.client.0.ip(),
+        destination,
+        expected: expected.clone(),
+    }
+}
+
+/// A tunnel inside a stream of a tunnel to a gateway, and the one stream in it. It is not shared: the gateway chooses an
+/// endpoint for each stream, and another connection may be for another one.
+async fn open_nested(
+    attachment: &Attachment,
+    source: &Source,
+    destination: &Destination,
+    expected: &[Identity],
+    outer: HboneStream,
+) -> Result<HboneStream, Failure> {
+    let config = &attachment.core.config;
+    let tunnel = async {
+        let certificate = attachment.core.certificates.get(&source.identity).await?;
+        let tls = certificate.client_config(expected);
+        let io = StreamIo::new(outer);
+        Tunnel::open(io, destination.endpoint, tls, &config.hbone).await
+    };
+    let tunnel = tunnel
+        .await
+        .map_err(|error| Failure::Tunnel(Arc::new(error)))?;
+    let mut headers = headers::connect(source, destination);
+    headers::add_network(&mut headers, &source.workload.network);
+    let limit = config.connect_timeout * 2;
+    let stream = tunnel
+        .connect(&destination.authority, headers, limit)
+        .await?;
+    Ok(stream)
+}
+
 /// A stream in a pooled tunnel. A tunnel that turns out to be going away, or was dead when it was found in the pool, is
 /// replaced once: the peer has not opened anything for us yet.
 async fn open_stream(
     attachment: &Attachment,
     key: &PoolKey,
-    target: SocketAddr,
+    target: &Authority,
     headers: http::HeaderMap,
 ) -> Result<(HboneStream, Lease<Tunnel>), Failure> {
     let pool = &attachment.core.pool;

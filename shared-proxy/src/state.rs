@@ -6,6 +6,7 @@
 
 mod address;
 pub mod balancing;
+pub mod gateway;
 pub mod local_xds;
 mod persistent_map;
 pub mod policy;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::resolve::{Resolve, SystemResolver};
 use crate::hbone::HboneConfig;
 use crate::pool::PoolConfig;
 
@@ -52,6 +53,10 @@ pub struct CoreConfig {
     /// How long a connection waits for its workload to appear in the [`Store`](crate::state::Store): the agent may tell
     /// of a pod before the control plane does.
     pub workload_wait: Duration,
+    /// How workloads are found that are known by hostname only.
+    pub resolver: Arc<dyn Resolve>,
+    /// Answers to tunnels' peers carry the `baggage` of the destination. The field's `ENABLE_RESPONSE_BAGGAGE`.
+    pub response_baggage: bool,
     /// TCP keepalive, on accepted and on dialled connections; `None` turns it off.
     pub keepalive: Option<Keepalive>,
     /// HTTP/2 of the tunnels.
@@ -78,6 +83,8 @@ impl Default for CoreConfig {
             network: "".into(),
             connect_timeout: Duration::from_secs(10),
             workload_wait: Duration::from_secs(5),
+            resolver: Arc::new(SystemResolver),
+            response_baggage: false,
             keepalive: Some(Keepalive::default()),
             hbone: HboneConfig::default(),
             pool: PoolConfig::default(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::DialError;
 use crate::capture::Refusal;
+use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, TunnelError};
 use crate::identity::CaError;
 use crate::relay::RelayError;
@@ -24,6 +25,16 @@ pub(crate) enum Failure {
     Identity(String),
     #[error("no healthy endpoint of {service} for port {port}")]
     NoHealthyEndpoint { service: String, port: u16 },
+    #[error("{what} {name} is not known, or none of its endpoints is healthy")]
+    UnknownGateway { what: &'static str, name: String },
+    #[error("no address of hostname {hostname}: {reason}")]
+    Unresolved { hostname: Arc<str>, reason: String },
+    #[error(
+        "authority {authority} in a tunnel to {local}: that is not this workload, nor is this its waypoint"
+    )]
+    NotServed { authority: Authority, local: IpAddr },
+    #[error("authority {0}: the workload serves no such name and port")]
+    UnknownHostname(Authority),
     #[error("{0}")]
     Denied(Verdict),
     #[error(transparent)]
@@ -46,12 +57,19 @@ impl Failure {
     /// The label `response_flags`.
     pub(crate) fn flag(&self) -> ResponseFlag {
         match self {
-            Self::Refused(_) | Self::OwnPort(_) | Self::Relay(_) | Self::Cut => ResponseFlag::None,
+            Self::Refused(_)
+            | Self::OwnPort(_)
+            | Self::NotServed { .. }
+            | Self::Relay(_)
+            | Self::Cut => ResponseFlag::None,
             Self::Denied(_) => ResponseFlag::Denied,
             Self::Identity(_) | Self::Certificate(_) => ResponseFlag::IdentityError,
             Self::Dial(_)
             | Self::UnknownWorkload { .. }
             | Self::NoHealthyEndpoint { .. }
+            | Self::UnknownGateway { .. }
+            | Self::Unresolved { .. }
+            | Self::UnknownHostname(_)
             | Self::TunnelAbandoned
             | Self::Stream(_) => ResponseFlag::Connect,
             Self::Tunnel(error) => match &**error {

@@ -15,10 +15,11 @@ use h2::client::SendRequest;
 use http::{HeaderMap, Method, Request, StatusCode, Uri};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use super::HboneConfig;
+use super::authority::Authority;
 use super::liveness::until_dead;
 use super::stream::HboneStream;
 use crate::core::DialError;
@@ -115,26 +116,26 @@ impl Multiplexed for Tunnel {
 }
 
 impl Tunnel {
-    /// Makes a tunnel of a TCP connection to `peer`. Whom to accept there is in `tls`.
+    /// Makes a tunnel of a connection to `peer`: TCP, or a stream of another tunnel. Whom to accept there is in `tls`.
     ///
     /// # Errors
     /// Everything but [`TunnelError::Certificate`] and [`TunnelError::Dial`].
-    pub async fn open(
-        tcp: TcpStream,
+    pub async fn open<T: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        io: T,
         peer: SocketAddr,
         tls: Arc<ClientConfig>,
         config: &HboneConfig,
     ) -> Result<Self, TunnelError> {
         timeout(
             config.handshake_timeout,
-            Self::handshake(tcp, peer, tls, config),
+            Self::handshake(io, peer, tls, config),
         )
         .await
         .map_err(|_| TunnelError::HandshakeTimedOut(peer, config.handshake_timeout))?
     }
 
-    async fn handshake(
-        tcp: TcpStream,
+    async fn handshake<T: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        io: T,
         peer: SocketAddr,
         tls: Arc<ClientConfig>,
         config: &HboneConfig,
@@ -142,7 +143,7 @@ impl Tunnel {
         // An address as server name sends no SNI; whether the name fits is not asked either.
         let name = ServerName::IpAddress(peer.ip().into());
         let began = Instant::now();
-        let tls = TlsStream::connect(tcp, tls, name)
+        let tls = TlsStream::connect(io, tls, name)
             .await
             .map_err(|error| TunnelError::Tls(peer, error))?;
         let tls_handshake = began.elapsed();
@@ -174,7 +175,7 @@ impl Tunnel {
     /// See [`StreamError`]; after [`StreamError::NotTaken`] and [`StreamError::Broken`] this tunnel is of no more use.
     pub async fn connect(
         &self,
-        target: SocketAddr,
+        target: &Authority,
         headers: HeaderMap,
         limit: Duration,
     ) -> Result<HboneStream, StreamError> {
@@ -185,7 +186,7 @@ impl Tunnel {
 
     async fn request(
         &self,
-        target: SocketAddr,
+        target: &Authority,
         headers: HeaderMap,
     ) -> Result<HboneStream, StreamError> {
         let uri = Uri::builder()
@@ -222,8 +223,8 @@ impl Tunnel {
 }
 
 /// Runs a connection until it ends or its peer is dead. Its streams fail with it.
-async fn drive(
-    connection: h2::client::Connection<TlsStream<TcpStream>, Bytes>,
+async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
+    connection: h2::client::Connection<TlsStream<T>, Bytes>,
     closed: Arc<AtomicBool>,
     config: HboneConfig,
     peer: SocketAddr,

@@ -9,17 +9,20 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::authority::Authority;
+use super::baggage;
 use super::client::watch;
 use super::stream::HboneStream;
+use super::{BAGGAGE, FORWARDED, FORWARDED_NETWORK};
 use crate::capture::{Captured, ClientAddr, LocalWorkload, OrigDstAddr, Refusal, Role};
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
 use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
-use crate::inbound::{Arrival, Arrived, arrive};
+use crate::inbound::{Arrival, Arrived, Claims, arrive};
 use crate::relay::{self, End, RelayError};
 use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step};
 use crate::tls_stream::TlsStream;
@@ -200,6 +203,7 @@ async fn stream(
         record,
         application,
         admitted,
+        workload,
     } = match admitted {
         Ok(arrived) => arrived,
         Err(Rejection(status)) => {
@@ -211,7 +215,13 @@ async fn stream(
     let recv = request.into_body();
     let attachment = &session.attachment;
     attachment.took(Step::Total, Direction::Inbound, began);
-    let result = match respond.send_response(response(StatusCode::OK), false) {
+    let tells = session.attachment.core.config.response_baggage;
+    let baggage = tells.then(|| HeaderValue::try_from(baggage::baggage(&workload)).ok());
+    let mut answer = response(StatusCode::OK);
+    if let Some(baggage) = baggage.flatten() {
+        answer.headers_mut().insert(BAGGAGE, baggage);
+    }
+    let result = match respond.send_response(answer, false) {
         Ok(send) => {
             let stream = HboneStream { send, recv };
             tokio::select! {
@@ -238,7 +248,7 @@ async fn admit(
     request: &Request<RecvStream>,
     signal: &Signal,
 ) -> Result<Arrived, Rejection> {
-    let target = target(session, request).map_err(|(status, reason)| {
+    let authority = authority(request).map_err(|reason| {
         session.attachment.core.telemetry.refused(
             Direction::Inbound,
             session.attachment.scope.id().capture_mode,
@@ -246,43 +256,56 @@ async fn admit(
             Some(OrigDstAddr(session.local)),
             &ConnectionError::new(ResponseFlag::None, reason),
         );
-        Rejection(status)
+        Rejection(StatusCode::BAD_REQUEST)
     })?;
     let arrival = Arrival {
         client: session.client,
         addr: session.local,
-        target,
+        authority: &authority,
         peer: Some(&session.peer),
         tunnelled: true,
+        claims: claims(&session.attachment.core.config.network, request.headers()),
     };
     arrive(&session.attachment, &arrival, &session.pod, signal)
         .await
         .map_err(|failure| {
             Rejection(match failure {
                 Failure::Denied(_) => StatusCode::UNAUTHORIZED,
+                Failure::NotServed { .. } => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             })
         })
 }
 
-/// Where a stream wants to go: the address that the tunnel ends at, and a port. The authority's address is never dialled
-/// for its own sake.
-fn target(
-    session: &Session,
-    request: &Request<RecvStream>,
-) -> Result<SocketAddr, (StatusCode, String)> {
+/// Where a stream wants to go, or why its request is none.
+fn authority(request: &Request<RecvStream>) -> Result<Authority, String> {
     if request.method() != Method::CONNECT {
-        let reason = format!("method {} instead of CONNECT", request.method());
-        return Err((StatusCode::BAD_REQUEST, reason));
+        return Err(format!("method {} instead of CONNECT", request.method()));
     }
     let authority = request.uri().authority().map_or("", |a| a.as_str());
-    let Ok(asked) = authority.parse::<SocketAddr>() else {
-        let reason = format!("authority {authority:?} is not ADDRESS:PORT");
-        return Err((StatusCode::BAD_REQUEST, reason));
-    };
-    if asked.ip().to_canonical() != session.local.ip() {
-        let reason = format!("authority {asked} in a tunnel to {}", session.local.ip());
-        return Err((StatusCode::BAD_REQUEST, reason));
+    authority
+        .parse::<Authority>()
+        .map_err(|error| error.to_string())
+}
+
+/// What the headers say. A peer in another network is known by its baggage only.
+fn claims(network: &str, headers: &HeaderMap) -> Claims {
+    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let foreign = text(&FORWARDED_NETWORK).filter(|theirs| *theirs != network);
+    Claims {
+        service: text(&FORWARDED).and_then(forwarded_host).map(str::to_owned),
+        foreign_source: foreign.and_then(|theirs| {
+            let baggage = text(&BAGGAGE).unwrap_or_default();
+            Some(Arc::new(baggage::parse(baggage, theirs)?))
+        }),
     }
-    Ok(SocketAddr::new(session.local.ip(), asked.port()))
+}
+
+/// The value of `host` in a `forwarded` header (RFC 7239, 4).
+fn forwarded_host(header: &str) -> Option<&str> {
+    header.split([';', ',']).find_map(|pair| {
+        let (key, value) = pair.trim().split_once('=')?;
+        key.eq_ignore_ascii_case("host")
+            .then(|| value.trim_matches('"'))
+    })
 }

@@ -76,7 +76,7 @@ impl ToTunnel {
 }
 
 /// How many of `wanted` bytes may be sent at once; at least one.
-fn poll_window(
+pub(super) fn poll_window(
     cx: &mut Context<'_>,
     to: &mut SendStream<Bytes>,
     wanted: usize,

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use super::{Arrival, Arrived, arrive};
+use super::{Arrival, Arrived, Claims, arrive};
 use crate::capture::{Captured, ClientAddr, OrigDstAddr, Role};
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
+use crate::hbone::authority::Authority;
 use crate::relay::{self, Leg};
 use crate::telemetry::{Direction, Step};
 
@@ -29,6 +30,7 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
         record,
         application,
         admitted,
+        ..
     } = arrived;
     attachment.took(Step::Total, Direction::Inbound, began);
     let result = tokio::select! {
@@ -67,9 +69,10 @@ async fn prepare(
     let arrival = Arrival {
         client,
         addr: dst.0,
-        target: dst.0,
+        authority: &Authority::Address(dst.0),
         peer: None,
         tunnelled: false,
+        claims: Claims::default(),
     };
     // A failure has been accounted for where it happened.
     arrive(attachment, &arrival, &pod, signal).await.ok()

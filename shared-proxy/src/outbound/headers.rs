@@ -6,43 +6,39 @@ use http::{HeaderMap, HeaderValue};
 
 use super::Source;
 use super::route::Destination;
-use crate::core::CoreConfig;
+use crate::hbone::baggage::baggage;
+use crate::hbone::{BAGGAGE, FORWARDED, FORWARDED_NETWORK};
 
-/// `baggage` says who the source is, `forwarded` for whom and to which name the stream is opened.
-pub(super) fn connect(
-    config: &CoreConfig,
-    source: &Source,
-    destination: &Destination,
-) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(2);
-    if let Ok(value) = HeaderValue::try_from(baggage(config, source)) {
-        headers.insert("baggage", value);
+/// `baggage` says who the source is, `forwarded` for whom and to which name the stream is opened, `traceparent` begins a
+/// trace that is not sampled.
+pub(super) fn connect(source: &Source, destination: &Destination) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(4);
+    if let Ok(value) = HeaderValue::try_from(baggage(&source.workload)) {
+        headers.insert(BAGGAGE, value);
     }
-    let host = match &destination.service {
-        Some(service) => service.hostname.to_string(),
-        None => destination.target.ip().to_string(),
+    let mut forwarded = String::with_capacity(96);
+    // Writing to a String cannot fail.
+    let _ = match &destination.service {
+        Some(service) => write!(
+            forwarded,
+            "for=\"{}\";host={}",
+            source.client, service.hostname
+        ),
+        None => write!(forwarded, "for=\"{}\"", source.client),
     };
-    let forwarded = format!("for=\"{}\";host=\"{host}\"", source.client);
     if let Ok(value) = HeaderValue::try_from(forwarded) {
-        headers.insert("forwarded", value);
+        headers.insert(FORWARDED, value);
+    }
+    let (trace, span) = (rand::random::<u128>().max(1), rand::random::<u64>().max(1));
+    if let Ok(value) = HeaderValue::try_from(format!("00-{trace:032x}-{span:016x}-00")) {
+        headers.insert("traceparent", value);
     }
     headers
 }
 
-fn baggage(config: &CoreConfig, source: &Source) -> String {
-    let workload = &source.workload;
-    let mut text = String::with_capacity(160);
-    let mut add = |key: &str, value: &str| {
-        if !value.is_empty() {
-            let separator = if text.is_empty() { "" } else { "," };
-            // Writing to a String cannot fail.
-            let _ = write!(text, "{separator}{key}={value}");
-        }
-    };
-    add("k8s.cluster.name", &config.cluster);
-    add("k8s.namespace.name", &workload.namespace);
-    add("k8s.deployment.name", &workload.workload_name);
-    add("service.name", &workload.canonical_name);
-    add("service.version", &workload.canonical_revision);
-    text
+/// Adds the source's network.
+pub(super) fn add_network(headers: &mut HeaderMap, network: &str) {
+    if let Ok(value) = HeaderValue::try_from(network) {
+        headers.insert(FORWARDED_NETWORK, value);
+    }
 }

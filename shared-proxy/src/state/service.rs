@@ -1,5 +1,6 @@
 //! Services: names and virtual addresses for sets of workloads.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +9,7 @@ use super::workload::{GatewayAddress, PortMap};
 use super::{NamespacedHostname, NetworkAddress};
 
 /// A service. Serialized in the field's LOCAL_XDS form.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Service {
     /// Name.
@@ -27,6 +28,13 @@ pub struct Service {
     /// The layer 7 proxy in front of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waypoint: Option<GatewayAddress>,
+    /// Several layer 7 proxies that share its connections; if there are any, they take the place of
+    /// [`waypoint`](Self::waypoint).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weighted_waypoints: Vec<WeightedWaypoint>,
+    /// Gateways at the edge of the mesh go through the waypoint too. Theirs to read: a node proxy always does.
+    #[serde(default)]
+    pub ingress_use_waypoint: bool,
     /// How its endpoints are chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_balancer: Option<LoadBalancer>,
@@ -36,6 +44,29 @@ pub struct Service {
     /// Preferred among services of the same hostname in several namespaces.
     #[serde(default)]
     pub canonical: bool,
+    /// Who may find it by its name.
+    #[serde(default)]
+    pub visibility: Visibility,
+}
+
+/// One of several waypoints.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WeightedWaypoint {
+    /// The waypoint.
+    pub destination: GatewayAddress,
+    /// Its share of the connections is this, of the sum of all weights. Zero: none.
+    pub weight: u32,
+}
+
+/// Who may find a service by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Visibility {
+    /// Everybody.
+    #[default]
+    Public,
+    /// Clients in its own namespace.
+    Namespace,
 }
 
 impl Service {
@@ -52,6 +83,15 @@ impl Service {
         self.load_balancer
             .as_ref()
             .is_some_and(|lb| lb.mode == LoadBalancerMode::Passthrough)
+    }
+
+    /// Whether an endpoint may be reached at an address of this family.
+    pub fn serves_family_of(&self, address: IpAddr) -> bool {
+        match self.ip_families {
+            Some(IpFamilies::IPv4) => address.is_ipv4(),
+            Some(IpFamilies::IPv6) => address.is_ipv6(),
+            Some(IpFamilies::Dual) | None => true,
+        }
     }
 }
 

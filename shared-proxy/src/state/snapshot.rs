@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rand::Rng;
 
+use super::balancing::Wanted;
 use super::persistent_map::PersistentMap;
 use super::policy::{Policy, PolicyScope};
 use super::update::EndpointChanges;
@@ -306,17 +307,18 @@ impl Snapshot {
             .map_or(&[], |list| list.as_slice())
     }
 
-    /// The endpoint for a connection from `source` to `port` of a service, with the port it serves that on. None: no
-    /// endpoint is healthy, serves the port and is as near as the service wants; or the service is
+    /// The endpoint for a connection from `source` to what is `wanted` of a service, with the port it serves that on.
+    /// None: no endpoint is healthy, serves the port and is as near as the service wants; or the service is
     /// [passed through](Service::is_passthrough), which the caller asks first.
     pub fn choose_endpoint<R: Rng + ?Sized>(
         &self,
         service: &Service,
         source: &Workload,
-        port: u16,
+        wanted: Wanted,
         rng: &mut R,
     ) -> Option<(Arc<Workload>, u16)> {
-        balancing::choose(service, self.endpoints(service), source, port, rng)
+        let endpoints = self.endpoints(service).iter();
+        balancing::choose(service, endpoints, source, wanted, rng)
     }
 
     /// The policies that apply to a workload: those for all, those of its namespace, those it names. Each once.

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -281,12 +282,18 @@ pub enum GatewayDestination {
     Hostname(NamespacedHostname),
 }
 
+impl fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Hostname(name) => name.fmt(f),
+        }
+    }
+}
+
 impl Serialize for GatewayDestination {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Address(address) => address.serialize(serializer),
-            Self::Hostname(name) => name.serialize(serializer),
-        }
+        serializer.collect_str(self)
     }
 }
 

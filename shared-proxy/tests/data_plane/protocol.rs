@@ -74,7 +74,7 @@ async fn each_kind_of_wrong_request_has_its_status() {
     }
     for wrong in [
         "10.1.2.3:8080",
-        "server:8080",
+        "server",
         &format!("{}:{PORT}", mesh.ip(CLIENT)),
     ] {
         assert_eq!(

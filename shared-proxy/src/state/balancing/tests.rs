@@ -57,7 +57,7 @@ fn choices(snapshot: &Snapshot, port: u16) -> BTreeMap<String, u32> {
     let mut count = BTreeMap::new();
     for _ in 0..2000 {
         if let Some((workload, port)) =
-            snapshot.choose_endpoint(&service, &source(), port, &mut rng)
+            snapshot.choose_endpoint(&service, &source(), Wanted::Port(port), &mut rng)
         {
             *count.entry(format!("{}:{port}", workload.uid)).or_insert(0) += 1;
         }

@@ -44,11 +44,7 @@ fn service(number: u8, vips: &[u8]) -> Arc<Service> {
             .map(|last| NetworkAddress::new("", ip(*last)))
             .collect(),
         ports: [(80, 8080)].into(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        load_balancer: None,
-        ip_families: None,
-        canonical: false,
+        ..Service::default()
     })
 }
 
