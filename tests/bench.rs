@@ -166,6 +166,99 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
         !stdout.contains('\u{1b}') && !stderr.contains('\u{1b}'),
         "colours"
     );
+    what_a_report_lacks_makes_it_fail(&results);
+    a_broken_off_round_is_measured_again(&arguments, &out, results);
+}
+
+/// `ambidex bench show` of a report: exit code, what it printed, what it wrote to standard error.
+fn show(report: &Value) -> (Option<i32>, String, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("results.json");
+    std::fs::write(&file, report.to_string()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ambidex"));
+    let output = command.args(["bench", "show"]).arg(&file).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+fn what_a_report_lacks_makes_it_fail(whole: &Value) {
+    let (code, stdout, stderr) = show(whole);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
+    let mut lacking = whole.clone();
+    lacking["samples"].as_array_mut().unwrap().remove(3);
+    let (code, stdout, stderr) = show(&lacking);
+    assert_eq!(code, Some(1), "{stdout}");
+    assert!(
+        stderr.contains("inpod cross-node/newconn: 1 samples of 2"),
+        "{stderr}"
+    );
+    assert!(stdout.contains("1 samples of 2"), "{stdout}");
+
+    let mut unproven = whole.clone();
+    unproven["proofs"].as_array_mut().unwrap().pop();
+    let (code, _, stderr) = show(&unproven);
+    assert_eq!(code, Some(1));
+    assert!(
+        stderr.contains("inpod cross-node: the path was not proven"),
+        "{stderr}"
+    );
+
+    // The same numbers with a relay that came to a third of no mesh.
+    let text = whole.to_string().replace("\"inpod\"", "\"relay\"");
+    let mut void: Value = serde_json::from_str(&text).unwrap();
+    for sample in void["samples"].as_array_mut().unwrap() {
+        if sample["case"] == "cross-node/bulk1" {
+            sample["value"] = json!(if sample["variant"] == "relay" {
+                1.0
+            } else {
+                3.0
+            });
+        }
+    }
+    let (code, stdout, stderr) = show(&void);
+    assert_eq!(code, Some(1));
+    assert!(
+        stderr.contains("VOID: in cross-node/bulk1 the relay came to 0.33"),
+        "{stderr}"
+    );
+    assert!(
+        stdout
+            .lines()
+            .any(|row| row.contains("relay") && row.contains("VOID")),
+        "{stdout}"
+    );
+}
+
+/// A file as a killed run leaves it: the second round of the second case is there only in part.
+fn a_broken_off_round_is_measured_again(arguments: &[&str], out: &Path, whole: Value) {
+    let mut broken = whole.clone();
+    broken["samples"].as_array_mut().unwrap().pop();
+    broken["ended"] = json!("running");
+    std::fs::write(out.join("results.json"), broken.to_string()).unwrap();
+    let other = bench(&["--resume", "--rounds", "3"], out).output().unwrap();
+    let stderr = String::from_utf8(other.stderr).unwrap();
+    assert_eq!(other.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot be continued"), "{stderr}");
+
+    let output = bench(arguments, out).arg("--resume").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("3 of 4 steps were measured before"),
+        "{stderr}"
+    );
+    let results = results(out);
+    assert_eq!(
+        (&results["ended"], &results["sessions"]),
+        (&json!("finished"), &json!(2))
+    );
+    let samples = |report: &Value| report["samples"].as_array().unwrap().clone();
+    assert_eq!(samples(&results)[..6], samples(&whole)[..6], "kept");
+    assert_eq!(samples(&results).len(), 8);
 }
 
 /// Kills what a failed test leaves.

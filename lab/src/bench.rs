@@ -3,28 +3,35 @@
 //!
 //! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`stage`] is where, [`load`] makes the traffic,
 //! [`accounting`] reads CPU time and [`counters`] devices, [`proof`] judges captured packets ([`tap`], [`pcap`],
-//! [`tls_records`]), [`report`] keeps every sample, [`statistics`] and [`table`] print them.
+//! [`tls_records`]), [`report`] keeps every sample, [`summary`] says what they come to by [`statistics`], [`verdict`] whether
+//! that is to be believed, [`table`] prints it. [`resume`] goes on with a broken-off run.
 
 pub mod accounting;
 pub mod case;
 pub mod counters;
+pub mod delay;
 pub mod environment;
 pub mod external;
+pub mod foreign;
 pub mod geneve;
 pub mod interrupt;
 pub mod load;
+pub mod pace;
 pub mod pcap;
 pub mod pinning;
 pub mod proof;
 pub mod relayed;
 pub mod report;
+pub mod resume;
 pub mod run;
 pub mod stage;
 pub mod statistics;
+pub mod summary;
 pub mod table;
 pub mod tap;
 pub mod tls_records;
 pub mod variant;
+pub mod verdict;
 
 pub use case::{Case, Path};
 pub use run::{BenchSpec, run};

@@ -2,12 +2,13 @@
 
 mod geneve;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use lab::bench::case::Case;
 use lab::bench::interrupt::{self, Interrupted};
-use lab::bench::{BenchSpec, Variant, report, table};
+use lab::bench::report::{self, Ended, Report};
+use lab::bench::{BenchSpec, Variant, table};
 use lab::topology::{Mode, Overlay, Programs};
 
 use super::{Failure, block_on};
@@ -20,7 +21,25 @@ const INTERRUPTED: u8 = 130;
 #[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
-    other: Option<Other>,
+    command: Option<BenchCommand>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// Other instruments than the side-by-side run.
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// The same benchmark over real geneve, in a User-Mode Linux machine on one processor
+    Geneve(geneve::GeneveArgs),
+    /// Print a results file again; exit code 1 if it must not be believed
+    Show {
+        /// results.json
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
     /// Three rounds of three seconds, and on one node only the bulk stream
     #[arg(long)]
     quick: bool,
@@ -42,23 +61,33 @@ pub(crate) struct BenchArgs {
     /// Overlay of the node capture
     #[arg(long, value_enum, default_value_t = Overlay::Auto)]
     overlay: Overlay,
+    /// Go on where the results.json in the directory ends, if there is one
+    #[arg(long)]
+    resume: bool,
     /// Print every statement of the proofs
     #[arg(short, long)]
     verbose: bool,
 }
 
-/// Other instruments than the side-by-side run.
-#[derive(Debug, Subcommand)]
-enum Other {
-    /// The same benchmark over real geneve, in a User-Mode Linux machine on one processor
-    Geneve(geneve::GeneveArgs),
+pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
+    match args.command {
+        None => measure(args.run),
+        Some(BenchCommand::Geneve(args)) => geneve::run(args),
+        Some(BenchCommand::Show { file }) => show(&file),
+    }
 }
 
-pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
-    match args.other {
-        Some(Other::Geneve(args)) => return geneve::run(args),
-        None => {}
+/// A file may have been cut or edited since it was written, so its verdict is made anew.
+fn show(file: &Path) -> Result<(), Failure> {
+    let mut report = Report::load(file)?;
+    if report.ended == Ended::Finished {
+        report.ended = lab::bench::run::verdict(&report);
     }
+    print(&report, false);
+    believed(&report)
+}
+
+fn measure(args: RunArgs) -> Result<(), Failure> {
     let (rounds, seconds, cases) = if args.quick {
         (3, 3, Case::quick())
     } else {
@@ -73,6 +102,7 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         programs: Programs::of_this_process()?,
         out: args.out,
         build: build(),
+        resume: args.resume,
     };
     if spec.variants.iter().any(|variant| variant.is_node()) {
         block_on(require_overlay(Mode::Node, spec.overlay))??;
@@ -92,7 +122,13 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         }
         Err(error) => return Err(error.into()),
     };
-    if args.verbose {
+    print(&report, args.verbose);
+    println!("every sample: {}", results.display());
+    believed(&report)
+}
+
+fn print(report: &Report, verbose: bool) {
+    if verbose {
         for proof in &report.proofs {
             print!("{proof}");
         }
@@ -100,11 +136,20 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         println!("{}", table::proofs(&report.proofs));
     }
     println!();
-    println!("{}", table::results(&report));
+    println!("{}", table::results(report));
     println!();
-    println!("{}", table::conditions(&report));
-    println!("every sample: {}", results.display());
-    Ok(())
+    println!("{}", table::conditions(report));
+}
+
+/// Fails for a report that must not be believed, which has been printed.
+fn believed(report: &Report) -> Result<(), Failure> {
+    match table::verdict(report) {
+        None => Ok(()),
+        Some(verdict) => {
+            eprintln!("{verdict}");
+            Err(Failure::Code(1))
+        }
+    }
 }
 
 /// What was asked for without repetitions, or `all` when nothing was.

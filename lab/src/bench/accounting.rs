@@ -41,7 +41,7 @@ impl Cpu {
 }
 
 /// Kernel ticks in a second.
-fn ticks_per_second() -> f64 {
+pub(crate) fn ticks_per_second() -> f64 {
     nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
         .ok()
         .flatten()

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use host_net::netns::Netns;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The overlay device of a node through which its pods' outgoing connections reach the proxy.
 pub const ISTIOOUT: &str = "istioout";
@@ -10,7 +10,7 @@ pub const ISTIOOUT: &str = "istioout";
 pub const ISTIOIN: &str = "istioin";
 
 /// Bytes and packets that a device received and sent. Headers count.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Bytes received.
     pub rx_bytes: u64,

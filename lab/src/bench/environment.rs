@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use host_net::netns::Netns;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::accounting;
 
@@ -15,7 +15,7 @@ const WATCH: Duration = Duration::from_millis(500);
 const BUSY: f64 = 0.10;
 
 /// Where and with what was measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Environment {
     /// Kernel release.
     pub kernel: String,

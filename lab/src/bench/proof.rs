@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use host_net::netns::Netns;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::case::{CLIENT, Path};
 pub use super::counters::{Counters, of as counters};
@@ -32,7 +32,7 @@ pub const PROOF_PORT: u16 = 8090;
 const CHECK_LIMIT_MS: u64 = 20_000;
 
 /// One statement about the path, and whether it holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statement {
     /// What should be.
     pub claim: String,
@@ -43,7 +43,7 @@ pub struct Statement {
 }
 
 /// How much of a leg passed through the overlay device on it. Of every pair, the first is from client to server.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leg {
     /// Bytes of payload on the leg.
     pub payload: [u64; 2],
@@ -68,7 +68,7 @@ impl Leg {
 }
 
 /// What was seen on one device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
     /// Where.
     pub tap: String,
@@ -83,7 +83,7 @@ pub struct Seen {
 }
 
 /// All statements about one variant on one path, and the facts that they were made from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Proof {
     /// Variant.
     pub variant: Variant,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path as FilePath;
 
-use anyhow::{Context, Result};
-use serde::Serialize;
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::accounting::Cpu;
 use super::case::Case;
@@ -12,16 +12,19 @@ use super::counters::Counters;
 use super::environment::Environment;
 use super::load::Latency;
 use super::proof::Proof;
+use super::resume;
 use super::run::BenchSpec;
-use super::statistics::Summary;
+use super::summary::{Line, summarize};
 use super::variant::Variant;
 use crate::topology::Overlay;
 
 /// Name of the results file.
 pub const RESULTS: &str = "results.json";
+/// Format of the results file.
+pub const FORMAT: u32 = 2;
 
 /// One measurement.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Sample {
     /// Variant.
     pub variant: Variant,
@@ -43,6 +46,8 @@ pub struct Sample {
     pub proxies_cpu: Cpu,
     /// CPU time of the whole machine, in seconds: clients and servers, too.
     pub machine_cpu: Cpu,
+    /// CPU time of processes that are not the benchmark's, in seconds over all processors; a lower bound.
+    pub foreign_seconds: f64,
     /// Time that the hypervisor gave to others, in seconds over all processors.
     pub stolen_seconds: f64,
     /// Time that the sample took, in seconds.
@@ -51,15 +56,8 @@ pub struct Sample {
     pub overlays: [Counters; 2],
 }
 
-impl Sample {
-    /// Work in the units that CPU time is divided by: GB, or thousands.
-    fn work_units(&self) -> f64 {
-        self.work / self.case.load.work_unit_size()
-    }
-}
-
 /// How a benchmark ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ended {
     /// Not yet, or it was killed: samples are those up to the last round that is complete.
@@ -68,38 +66,23 @@ pub enum Ended {
     Finished,
     /// By a signal.
     Interrupted,
-    /// With this error.
+    /// With this error, or with something missing.
     Failed(String),
-}
-
-/// What the samples of a variant in a case come to.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Line {
-    /// Case.
-    pub case: Case,
-    /// Variant.
-    pub variant: Variant,
-    /// Number of samples.
-    pub samples: usize,
-    /// In the case's unit.
-    pub value: Summary,
-    /// Median relative to the median of no mesh in the same case.
-    pub ratio_to_none: Option<f64>,
-    /// Medians of the samples' percentiles of latency.
-    pub latency_us: Option<Latency>,
-    /// CPU seconds of the proxies per GB, or per 1,000 operations.
-    pub proxies_cpu: Option<Summary>,
-    /// CPU seconds of the machine per GB, or per 1,000 operations.
-    pub machine_cpu: Summary,
+    /// With everything measured, on a machine that could not tell.
+    Void(String),
 }
 
 /// All that a benchmark found.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Format of this file; raised when a field changes its meaning.
     pub format: u32,
     /// Version, profile and features of ambidex.
     pub build: String,
+    /// Digest of the program that was measured: a benchmark is not continued by another one.
+    pub program: String,
+    /// Runs that this was measured in: one, and one for each time that it was continued.
+    pub sessions: u32,
     /// How it ended. What is here is true in any case, but complete only if it finished.
     pub ended: Ended,
     /// Environment.
@@ -130,8 +113,10 @@ impl Report {
     /// A report without samples.
     pub fn new(spec: &BenchSpec, environment: Environment) -> Self {
         Self {
-            format: 1,
+            format: FORMAT,
             build: spec.build.clone(),
+            program: resume::digest(&spec.programs.ambidex),
+            sessions: 1,
             ended: Ended::Running,
             environment,
             variants: spec.variants.clone(),
@@ -147,12 +132,31 @@ impl Report {
         }
     }
 
+    /// Reads a results file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or has another format.
+    pub fn load(file: &FilePath) -> Result<Self> {
+        let text = std::fs::read(file).with_context(|| format!("read {}", file.display()))?;
+        let of_any: serde_json::Value = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not JSON", file.display()))?;
+        let format = &of_any["format"];
+        if *format != FORMAT {
+            bail!(
+                "{} has format {format}, this program reads {FORMAT}",
+                file.display()
+            );
+        }
+        serde_json::from_value(of_any)
+            .with_context(|| format!("{} is not a report of a benchmark", file.display()))
+    }
+
     /// Writes results.json, at once or not at all, with the summary of what has been measured.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn store(&mut self, directory: &FilePath) -> Result<()> {
-        self.summary = self.summarize();
+        self.summary = summarize(self);
         let path = directory.join(RESULTS);
         let temporary = path.with_extension("json.tmp");
         std::fs::write(&temporary, serde_json::to_vec_pretty(self)?)
@@ -160,60 +164,14 @@ impl Report {
             .with_context(|| format!("write {}", path.display()))
     }
 
-    fn of(&self, variant: &Variant, case: Case) -> Vec<&Sample> {
+    /// Samples of a variant in a case, in the order of measuring.
+    pub fn of(&self, variant: &Variant, case: Case) -> Vec<&Sample> {
         self.samples
             .iter()
             .filter(|sample| sample.variant == *variant && sample.case == case)
             .collect()
     }
-
-    /// One line per case and variant that has samples.
-    pub fn summarize(&self) -> Vec<Line> {
-        let mut lines = Vec::new();
-        for &case in &self.cases {
-            let none = summary(&self.of(&Variant::None, case), |sample| Some(sample.value));
-            for variant in &self.variants {
-                let samples = self.of(variant, case);
-                let per_unit = |cpu: fn(&Sample) -> Cpu| {
-                    summary(&samples, |sample| {
-                        Some(cpu(sample).total() / sample.work_units())
-                    })
-                };
-                let (Some(value), Some(machine_cpu)) = (
-                    summary(&samples, |sample| Some(sample.value)),
-                    per_unit(|sample| sample.machine_cpu),
-                ) else {
-                    continue;
-                };
-                let latency = |percentile: fn(Latency) -> Option<f64>| {
-                    summary(&samples, |sample| percentile(sample.latency_us?))
-                        .map(|percentiles| percentiles.median)
-                };
-                lines.push(Line {
-                    case,
-                    variant: variant.clone(),
-                    samples: samples.len(),
-                    value,
-                    ratio_to_none: none.map(|none| value.median / none.median),
-                    latency_us: latency(|latency| Some(latency.p50))
-                        .zip(latency(|latency| Some(latency.p99)))
-                        .map(|(p50, p99)| Latency {
-                            p50,
-                            p99,
-                            p999: latency(|latency| latency.p999),
-                        }),
-                    proxies_cpu: (*variant != Variant::None)
-                        .then(|| per_unit(|sample| sample.proxies_cpu))
-                        .flatten(),
-                    machine_cpu,
-                });
-            }
-        }
-        lines
-    }
 }
 
-fn summary(samples: &[&Sample], value: impl Fn(&Sample) -> Option<f64>) -> Option<Summary> {
-    let values: Option<Vec<f64>> = samples.iter().map(|sample| value(sample)).collect();
-    Summary::of(&values?)
-}
+#[cfg(test)]
+pub(crate) mod examples;

@@ -11,15 +11,19 @@ use anyhow::{Context, Result, bail};
 use super::case::{CLIENT, Case, Path};
 use super::environment::Environment;
 use super::interrupt::{self, Interrupted};
+use super::pace::{self, Pace};
 use super::proof;
 use super::report::{Ended, Report};
+use super::resume;
 use super::stage::Stage;
 use super::variant::Variant;
+use super::verdict::{self, Flaw};
 use crate::standing::Progress;
 use crate::topology::{Overlay, Programs};
 
 /// Seconds of the unmeasured run that each variant makes of each case.
 const WARM_UP_SECONDS: u64 = 1;
+
 /// A benchmark as a user orders it.
 #[derive(Debug, Clone)]
 pub struct BenchSpec {
@@ -39,10 +43,12 @@ pub struct BenchSpec {
     pub out: PathBuf,
     /// Version, profile and features of the programs, for the report.
     pub build: String,
+    /// Whether to go on where the results file in [`BenchSpec::out`] ends.
+    pub resume: bool,
 }
 
 /// Runs a benchmark: labs, proofs and warm-up first, then the rounds. What was found until an error is in results.json all
-/// the same.
+/// the same. A run that came to its end may still be worth nothing: [`Report::ended`] says so.
 ///
 /// # Errors
 /// When a proof does not hold, a sample has errors or took another path than was proven, or a lab cannot be built;
@@ -53,9 +59,14 @@ pub fn run(spec: &BenchSpec, progress: Progress<'_>) -> Result<Report> {
     }
     fs::create_dir_all(&spec.out).with_context(|| format!("create {}", spec.out.display()))?;
     let started = Instant::now();
-    let mut report = Report::new(spec, Environment::of_this_machine());
+    let mut report = if spec.resume {
+        resume::report(spec)?
+    } else {
+        Report::new(spec, Environment::of_this_machine())
+    };
     report.store(&spec.out)?;
-    let outcome = set_up(spec, &mut report, progress)
+    let build = |_: usize, variant: &Variant| Stage::new(variant, spec);
+    let outcome = set_up(spec, &mut report, progress, &build)
         .and_then(|stages| measure(spec, &stages, &mut report, started, progress));
     // A tool that was interrupted together with this process may have failed before the signal was noted here.
     let outcome = match interrupt::check() {
@@ -63,24 +74,41 @@ pub fn run(spec: &BenchSpec, progress: Progress<'_>) -> Result<Report> {
         Ok(()) => outcome,
     };
     report.ended = match &outcome {
-        Ok(()) => Ended::Finished,
+        Ok(()) => verdict(&report),
         Err(error) if error.is::<Interrupted>() => Ended::Interrupted,
         Err(error) => Ended::Failed(format!("{error:#}")),
     };
-    report.seconds_taken = started.elapsed().as_secs_f64();
     report.store(&spec.out)?;
     outcome.map(|()| report)
 }
 
+/// How a run that came to its end ended.
+pub fn verdict(report: &Report) -> Ended {
+    let flaws = verdict::flaws(report);
+    let text: Vec<String> = flaws.iter().map(ToString::to_string).collect();
+    let text = text.join("; ");
+    match flaws.as_slice() {
+        [] => Ended::Finished,
+        flaws if flaws.iter().all(|flaw| matches!(flaw, Flaw::Void(_))) => Ended::Void(text),
+        _ => Ended::Failed(text),
+    }
+}
+
 /// Builds all labs at once, proves the path in each and warms it up.
-fn set_up(spec: &BenchSpec, report: &mut Report, progress: Progress<'_>) -> Result<Vec<Stage>> {
+pub(super) fn set_up(
+    spec: &BenchSpec,
+    report: &mut Report,
+    progress: Progress<'_>,
+    build: &(dyn Fn(usize, &Variant) -> Result<Stage> + Sync),
+) -> Result<Vec<Stage>> {
     let paths: Vec<Path> = [Path::CrossNode, Path::SameNode]
         .into_iter()
         .filter(|path| spec.cases.iter().any(|case| case.path == *path))
         .collect();
-    let built = in_parallel(&spec.variants, progress, |variant, say| {
+    let wanted: Vec<(usize, &Variant)> = spec.variants.iter().enumerate().collect();
+    let built = in_parallel(&wanted, progress, |&(index, variant), say| {
         let begun = Instant::now();
-        let stage = Stage::new(variant, spec)?;
+        let stage = build(index, variant)?;
         say(format!(
             "{variant}: lab {} stands after {:.1} s",
             stage.lab.name(),
@@ -160,7 +188,7 @@ fn in_parallel<T: Sync, R: Send>(
 
 /// In which order variants are measured in a round: each one comes first, second and so on equally often, so that what a
 /// machine does in the course of a minute favours none.
-fn turns(round: usize, variants: usize) -> impl Iterator<Item = usize> {
+pub(super) fn turns(round: usize, variants: usize) -> impl Iterator<Item = usize> {
     (0..variants).map(move |turn| (turn + round) % variants)
 }
 
@@ -171,37 +199,49 @@ fn measure(
     started: Instant,
     progress: Progress<'_>,
 ) -> Result<()> {
-    let begun = Instant::now();
-    let steps = spec.rounds * spec.cases.len();
-    for round in 0..spec.rounds {
-        for (index, case) in spec.cases.iter().enumerate() {
-            let mut line = Vec::new();
-            for turn in turns(round, stages.len()) {
-                interrupt::check()?;
-                let stage = &stages[turn];
-                if !case.applies_to(&stage.variant) {
-                    continue;
-                }
-                let begun_seconds = started.elapsed().as_secs_f64();
-                let mut sample = stage
-                    .sample(*case, spec.seconds, round)
-                    .with_context(|| format!("round {} of {} {case}", round + 1, stage.variant))?;
-                sample.begun_seconds = begun_seconds;
-                line.push(format!("{} {}", stage.variant, case.show(sample.value)));
-                report.samples.push(sample);
+    let done = resume::done(report);
+    let earlier = report.seconds_taken;
+    let steps: Vec<(usize, Case)> = (0..spec.rounds)
+        .flat_map(|round| spec.cases.iter().map(move |case| (round, *case)))
+        .filter(|step| !done.contains(step))
+        .collect();
+    if !done.is_empty() {
+        progress(&format!(
+            "{} of {} steps were measured before",
+            done.len(),
+            done.len() + steps.len()
+        ));
+    }
+    let mut pace = Pace::default();
+    for (index, &(round, case)) in steps.iter().enumerate() {
+        let begun = Instant::now();
+        let mut line = Vec::new();
+        for turn in turns(round, stages.len()) {
+            interrupt::check()?;
+            let stage = &stages[turn];
+            if !case.applies_to(&stage.variant) {
+                continue;
             }
-            let done = round * spec.cases.len() + index + 1;
-            let left = begun.elapsed().as_secs_f64() / done as f64 * (steps - done) as f64;
-            progress(&format!(
-                "round {}/{} {case}: {} {}; {left:.0} s to go",
-                round + 1,
-                spec.rounds,
-                line.join(", "),
-                case.unit(),
-            ));
-            report.seconds_taken = started.elapsed().as_secs_f64();
-            report.store(&spec.out)?;
+            let begun_seconds = earlier + started.elapsed().as_secs_f64();
+            let mut sample = stage
+                .sample(case, spec.seconds, round)
+                .with_context(|| format!("round {} of {} {case}", round + 1, stage.variant))?;
+            sample.begun_seconds = begun_seconds;
+            line.push(format!("{} {}", stage.variant, case.show(sample.value)));
+            report.samples.push(sample);
         }
+        pace.took(case, begun.elapsed());
+        let left = pace.left(steps[index + 1..].iter().map(|(_, case)| *case));
+        progress(&format!(
+            "round {}/{} {case}: {} {}; {} to go",
+            round + 1,
+            spec.rounds,
+            line.join(", "),
+            case.unit(),
+            pace::show(left.unwrap_or_default()),
+        ));
+        report.seconds_taken = earlier + started.elapsed().as_secs_f64();
+        report.store(&spec.out)?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use super::accounting::{self, Cpu};
 use super::case::{CLIENT, Case, Load, Path, Way};
 use super::counters::{self, Counters, ISTIOIN, ISTIOOUT};
+use super::foreign;
 use super::interrupt;
 use super::load::{self, Servers, Target};
 use super::report::Sample;
@@ -158,6 +159,7 @@ impl Stage {
         let client = self.lab.netns(CLIENT)?;
         let overlays = self.overlays(case.path)?;
         let (machine, stolen) = (accounting::machine()?, accounting::stolen()?);
+        let foreign = foreign::Reading::take()?;
         let ran = self.proxies_ran()?;
         let (proxies, before) = (self.proxies()?, Instant::now());
         let target = Target {
@@ -168,7 +170,7 @@ impl Stage {
             seconds,
         };
         let measured = load::run(case.load, &target)?;
-        let sample = Sample {
+        let mut sample = Sample {
             variant: self.variant.clone(),
             case,
             round,
@@ -179,6 +181,7 @@ impl Stage {
             extra: measured.extra,
             proxies_cpu: self.proxies()?.since(proxies),
             machine_cpu: accounting::machine()?.since(machine),
+            foreign_seconds: 0.0,
             stolen_seconds: accounting::stolen()? - stolen,
             wall_seconds: before.elapsed().as_secs_f64(),
             overlays: {
@@ -186,6 +189,7 @@ impl Stage {
                 [after[0].since(overlays[0]), after[1].since(overlays[1])]
             },
         };
+        sample.foreign_seconds = foreign::Reading::take()?.since(foreign);
         if measured.errors > 0 {
             bail!(
                 "{} of {} requests failed: a sample with errors is none",
@@ -261,6 +265,7 @@ mod tests {
                 ..Cpu::default()
             },
             machine_cpu: Cpu::default(),
+            foreign_seconds: 0.0,
             stolen_seconds: 0.0,
             wall_seconds: 1.0,
             overlays: [

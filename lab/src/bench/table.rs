@@ -4,8 +4,15 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use super::load::Latency;
 use super::proof::{Leg, Proof};
-use super::report::Report;
+use super::report::{Ended, Report, Sample};
+use super::statistics::Estimate;
+use super::statistics::drift::LIMIT;
+use super::summary::{self, FOREIGN_LIMIT, Line, summarize};
 use super::variant::Variant;
+use super::verdict::{self, Flaw, RELAY_CASE};
+
+/// A hypervisor that took more than this share of the processors away makes samples doubtful.
+const STOLEN_LIMIT: f64 = 0.02;
 
 /// One line per proof, with the facts that it stands on.
 pub fn proofs(proofs: &[Proof]) -> String {
@@ -63,15 +70,18 @@ pub fn results(report: &Report) -> String {
         "MEDIAN",
         "MIN-MAX",
         "UNIT",
-        "OF NONE",
+        "OF NONE [95 %]",
+        "OF RELAY [95 %]",
         "P50 us",
         "P99 us",
         "P99.9 us",
         "PROXIES CPU s",
         "MACHINE CPU s",
         "PER",
+        "CPU OF RELAY [95 %]",
+        "REMARKS",
     ]);
-    for line in report.summarize() {
+    for line in summarize(report) {
         let show = |value| line.case.show(value);
         let latency = |percentile: fn(Latency) -> Option<f64>| {
             line.latency_us
@@ -84,8 +94,8 @@ pub fn results(report: &Report) -> String {
             show(line.value.median),
             format!("{}-{}", show(line.value.min), show(line.value.max)),
             line.case.unit().to_owned(),
-            line.ratio_to_none
-                .map_or_else(dash, |ratio| format!("{ratio:.2}")),
+            line.of_none.map_or_else(dash, |of| estimate(of.value)),
+            line.of_relay.map_or_else(dash, |of| estimate(of.value)),
             latency(|latency| Some(latency.p50)),
             latency(|latency| Some(latency.p99)),
             latency(|latency| latency.p999),
@@ -93,14 +103,55 @@ pub fn results(report: &Report) -> String {
                 .map_or_else(dash, |cpu| format!("{:.3}", cpu.median)),
             format!("{:.3}", line.machine_cpu.median),
             line.case.work_unit().to_owned(),
+            line.of_relay
+                .and_then(|of| of.proxies_cpu)
+                .map_or_else(dash, estimate),
+            remarks(report, &line),
         ]);
     }
-    for index in [2, 3, 5, 6, 7, 8, 9, 10] {
+    for index in [2, 3, 5, 6, 7, 8, 9, 10, 11, 13] {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     trimmed(&table)
+}
+
+/// `0.34 [0.32, 0.36]`, or without an interval where there were too few rounds.
+pub fn estimate(estimate: Estimate) -> String {
+    match estimate.interval {
+        Some([low, high]) => format!("{:.2} [{low:.2}, {high:.2}]", estimate.value),
+        None => format!("{:.2}", estimate.value),
+    }
+}
+
+/// What makes a line doubtful.
+fn remarks(report: &Report, line: &Line) -> String {
+    let mut remarks = Vec::new();
+    let flaws = verdict::flaws(report);
+    if line.variant == Variant::Relay
+        && line.case == RELAY_CASE
+        && flaws.iter().any(|flaw| matches!(flaw, Flaw::Void(_)))
+    {
+        remarks.push("VOID".to_owned());
+    }
+    if line.samples < report.rounds {
+        remarks.push(format!("{} samples of {}", line.samples, report.rounds));
+    }
+    let is_baseline = summary::baseline(report) == Some(&line.variant);
+    if let Some(drift) = line
+        .drift
+        .filter(|drift| is_baseline && drift.abs() > LIMIT)
+    {
+        remarks.push(format!("drift {:+.0} %", drift * 100.0));
+    }
+    if line.foreign > FOREIGN_LIMIT {
+        remarks.push(format!("others up to {:.0} %", line.foreign * 100.0));
+    }
+    if line.stolen > STOLEN_LIMIT {
+        remarks.push(format!("stolen up to {:.0} %", line.stolen * 100.0));
+    }
+    or_dash(remarks.join(", "))
 }
 
 /// What has to be known to read the results.
@@ -126,6 +177,31 @@ pub fn conditions(report: &Report) -> String {
         environment.congestion_control,
         report.seconds_taken
     );
+    if let Some(verdict) = verdict(report) {
+        text.push_str(&format!("\n{verdict}"));
+    }
+    let drifted: Vec<String> = summary::drifted(report)
+        .into_iter()
+        .map(|(case, drift)| format!("{case} {:+.0} %", drift * 100.0))
+        .collect();
+    if !drifted.is_empty() {
+        text.push_str(&format!(
+            "\nwarning: the baseline was another one in the second half of the rounds: {}",
+            drifted.join(", ")
+        ));
+    }
+    let foreign = |sample: &&Sample| {
+        let processors = environment.processors.max(1) as f64;
+        sample.foreign_seconds > FOREIGN_LIMIT * sample.wall_seconds * processors
+    };
+    let doubtful = report.samples.iter().filter(foreign).count();
+    if doubtful > 0 {
+        text.push_str(&format!(
+            "\nwarning: in {doubtful} of {} samples others had more than {:.0} % of the processors",
+            report.samples.len(),
+            FOREIGN_LIMIT * 100.0
+        ));
+    }
     let stolen: f64 = report
         .samples
         .iter()
@@ -137,7 +213,7 @@ pub fn conditions(report: &Report) -> String {
         .map(|sample| sample.wall_seconds)
         .sum();
     let share = stolen / (wall * environment.processors.max(1) as f64);
-    if share > 0.02 {
+    if share > STOLEN_LIMIT {
         text.push_str(&format!(
             "\nwarning: the hypervisor took {:.0} % of the processors away while measuring",
             share * 100.0
@@ -150,6 +226,17 @@ pub fn conditions(report: &Report) -> String {
         text.push_str("\nno ratios, because the variant none was not measured");
     }
     text
+}
+
+/// Why a report must not be believed, if it must not.
+pub fn verdict(report: &Report) -> Option<String> {
+    match &report.ended {
+        Ended::Finished => None,
+        Ended::Running => Some("NOT FINISHED".to_owned()),
+        Ended::Interrupted => Some("INTERRUPTED: not everything was measured".to_owned()),
+        Ended::Failed(why) => Some(format!("FAILED: {why}")),
+        Ended::Void(why) => Some(format!("VOID: {why}")),
+    }
 }
 
 fn plain(header: &[&str]) -> Table {
@@ -183,71 +270,55 @@ fn or_dash(text: String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path as FilePath;
-
     use super::*;
-    use crate::bench::accounting::Cpu;
-    use crate::bench::case::{Case, Load, Path};
-    use crate::bench::counters::Counters;
-    use crate::bench::environment::Environment;
-    use crate::bench::report::Sample;
-    use crate::bench::run::BenchSpec;
-    use crate::topology::{Overlay, Programs};
+    use crate::bench::report::examples;
 
     #[test]
     fn medians_and_ratios_come_from_the_samples() {
-        let case = Case {
-            path: Path::CrossNode,
-            load: Load::ALL[0],
-        };
-        let spec = BenchSpec {
-            variants: vec![Variant::None, Variant::Inpod],
-            cases: vec![case],
-            rounds: 3,
-            seconds: 1,
-            overlay: Overlay::Auto,
-            programs: Programs::beside(FilePath::new("/x/ambidex")),
-            out: "/x".into(),
-            build: "1.2.3 release".to_owned(),
-        };
-        let mut report = Report::new(&spec, Environment::of_this_machine());
-        for (variant, values) in [
-            (Variant::None, [10.0, 12.0, 8.0]),
-            (Variant::Inpod, [4.0, 5.0, 99.0]),
-        ] {
-            for (round, value) in values.into_iter().enumerate() {
-                report.samples.push(Sample {
-                    variant: variant.clone(),
-                    case,
-                    round,
-                    begun_seconds: 0.0,
-                    value,
-                    work: 2e9,
-                    latency_us: None,
-                    extra: Default::default(),
-                    proxies_cpu: Cpu {
-                        user: 1.0,
-                        system: 2.0,
-                        interrupts: 0.0,
-                    },
-                    machine_cpu: Cpu {
-                        user: 4.0,
-                        system: 2.0,
-                        interrupts: 2.0,
-                    },
-                    stolen_seconds: 0.0,
-                    wall_seconds: 1.0,
-                    overlays: [Counters::default(); 2],
-                });
-            }
-        }
-        let line = report.summarize()[1].clone();
-        assert_eq!((line.samples, line.ratio_to_none), (3, Some(0.5)));
+        let report = examples::report(
+            &[Variant::None, Variant::Inpod],
+            &[RELAY_CASE],
+            &[
+                (Variant::None, &[10.0, 12.0, 8.0]),
+                (Variant::Inpod, &[4.0, 5.0, 99.0]),
+            ],
+        );
         let text = results(&report);
         let line = text.lines().find(|line| line.contains("inpod")).unwrap();
-        for part in ["5.00", "4.00-99.00", "0.50", "1.500", "4.000"] {
+        for part in ["5.00", "4.00-99.00", "0.50 [0.40, ", "1.500", "4.000"] {
             assert!(line.contains(part), "{part} in {line}");
         }
         assert!(conditions(&report).contains("ambidex 1.2.3 release"));
+    }
+
+    #[test]
+    fn what_makes_numbers_doubtful_is_said_beside_them() {
+        let mut report = examples::report(
+            &[Variant::None, Variant::Relay],
+            &[RELAY_CASE],
+            &[
+                (Variant::None, &[10.0, 10.0, 8.0, 8.0]),
+                (Variant::Relay, &[3.0, 3.0, 3.0, 3.0]),
+            ],
+        );
+        report.environment.processors = 1;
+        report.samples[5].foreign_seconds = 0.3;
+        report.samples[6].stolen_seconds = 0.4;
+        report.summary = summarize(&report);
+        report.ended = Ended::Void("the relay was slow".to_owned());
+        let text = results(&report);
+        let of = |variant: &str| text.lines().find(|line| line.contains(variant)).unwrap();
+        assert!(of("none").ends_with("drift -20 %"), "{text}");
+        for part in ["VOID", "others up to 30 %", "stolen up to 40 %"] {
+            assert!(of("relay").contains(part), "{part} in {text}");
+        }
+        let text = conditions(&report);
+        for part in [
+            "VOID: the relay was slow",
+            "cross-node/bulk1 -20 %",
+            "in 1 of 8 samples others had more than 5 %",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 }
