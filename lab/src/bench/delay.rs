@@ -143,12 +143,16 @@ mod tests {
         let netns = Netns::current().unwrap();
         let server = StdListener::bind("127.0.0.1:0").unwrap();
         let to = server.local_addr().unwrap().port();
-        let from = {
-            let free = StdListener::bind("127.0.0.1:0").unwrap();
-            free.local_addr().unwrap().port()
-        };
         let delay = Duration::from_millis(40);
-        let _line = DelayLine::start(&netns, from, to, delay).unwrap();
+        // Between finding a free port and taking it somebody else may.
+        let (from, _line) = (0..20)
+            .find_map(|_| {
+                let free = StdListener::bind("127.0.0.1:0").unwrap();
+                let from = free.local_addr().unwrap().port();
+                drop(free);
+                Some((from, DelayLine::start(&netns, from, to, delay).ok()?))
+            })
+            .unwrap();
         let echo = std::thread::spawn(move || {
             let (mut stream, _) = server.accept().unwrap();
             let mut all = Vec::new();
