@@ -2,7 +2,7 @@
 
 use shared_proxy::state::Service;
 use shared_proxy::state::service::{
-    HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, Scope,
+    HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, Scope, Visibility, WeightedWaypoint,
 };
 
 use super::{
@@ -58,6 +58,22 @@ pub(super) fn from_wire(message: wire::Service, texts: &mut Texts) -> Result<Ser
             Ok(wire::IpFamilies::Automatic) | Err(_) => None,
         },
         canonical: message.canonical,
+        ingress_use_waypoint: message.ingress_use_waypoint,
+        weighted_waypoints: message
+            .weighted_waypoints
+            .into_iter()
+            .filter_map(|waypoint| Some((waypoint.destination?, waypoint.weight)))
+            .map(|(destination, weight)| {
+                Ok(WeightedWaypoint {
+                    destination: gateway("weighted_waypoints", destination, texts)?,
+                    weight,
+                })
+            })
+            .collect::<Result<_, Unusable>>()?,
+        visibility: match message.visibility {
+            1 => Visibility::Namespace,
+            _ => Visibility::Public,
+        },
     })
 }
 
@@ -105,6 +121,19 @@ pub(super) fn to_wire(service: &Service) -> wire::Service {
         }
         .into(),
         canonical: service.canonical,
+        ingress_use_waypoint: service.ingress_use_waypoint,
+        weighted_waypoints: service
+            .weighted_waypoints
+            .iter()
+            .map(|waypoint| wire::WeightedWaypoint {
+                destination: Some(wire_gateway(&waypoint.destination)),
+                weight: waypoint.weight,
+            })
+            .collect(),
+        visibility: match service.visibility {
+            Visibility::Public => 0,
+            Visibility::Namespace => 1,
+        },
         ..wire::Service::default()
     }
 }
