@@ -10,7 +10,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	user-mode-linux libipset-dev libmnl-dev libclang-dev clang
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
-.PHONY: all deps build release bench bench-geneve test test-all test-geneve check clean-lab
+.PHONY: all deps build release bench bench-full bench-all bench-geneve test test-all test-geneve check clean-lab
 
 all: build
 
@@ -28,6 +28,14 @@ release: deps
 
 bench: release
 	target/release/ambidex bench $(ARGS)
+
+# Less than 20 minutes, with the relay.
+bench-full: release
+	target/release/ambidex bench --full --out out/bench-full
+
+# Hours. What an earlier call measured is kept: interrupt it and call it again at will.
+bench-all: release
+	target/release/ambidex bench --all --resume --out out/bench-all
 
 # In a User-Mode Linux machine, whose kernel has geneve: one processor, numbers that compare with each other only.
 bench-geneve: release

@@ -335,3 +335,67 @@ fn what_cannot_be_measured_is_said_and_nothing_is_left() {
         .unwrap();
     assert_eq!(usage.status.code(), Some(2));
 }
+
+/// One small cell: one request at a time.
+const CELL: [&str; 6] = [
+    "--cases",
+    "cross-node/rr1",
+    "--rounds",
+    "8",
+    "--seconds",
+    "1",
+];
+
+#[test]
+fn a_variant_does_not_differ_from_itself() {
+    // Of 100 checks 5 may find a difference by chance; of 10,000 tests, 25 find one twice in a row.
+    let mut said = String::new();
+    for _ in 0..2 {
+        let out = tempfile::tempdir().unwrap();
+        let output = bench(&["--self-check"], out.path())
+            .args(CELL)
+            .output()
+            .unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        said.push_str(&stdout);
+        assert_eq!(labs(&stderr).len(), 2, "{stderr}");
+        assert_gone(&labs(&stderr));
+        let check: Value =
+            serde_json::from_slice(&std::fs::read(out.path().join("self-check.json")).unwrap())
+                .unwrap();
+        for lab in check["samples"].as_array().unwrap() {
+            assert_eq!(lab.as_array().unwrap().len(), 8);
+        }
+        match output.status.code() {
+            Some(0) => {
+                assert!(stdout.contains("self-check: no difference"), "{stdout}");
+                return;
+            }
+            Some(3) => assert!(stdout.contains("DIFFERS from itself"), "{stdout}"),
+            other => panic!("{other:?}: {stderr}"),
+        }
+    }
+    panic!("two checks found a difference:\n{said}");
+}
+
+#[test]
+fn an_injected_delay_is_detected() {
+    let out = tempfile::tempdir().unwrap();
+    let output = bench(&["--inject-delay", "1ms"], out.path())
+        .args(CELL)
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{stdout}{stderr}");
+    assert!(stdout.contains("injected delay: detected"), "{stdout}");
+    assert_gone(&labs(&stderr));
+
+    // With too few rounds nothing can be found, which must not pass for equality.
+    let mut few = bench(&["--self-check", "--rounds", "6"], out.path());
+    let output = few.args(["--cases", "cross-node/rr64"]).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("want at least 7"), "{stderr}");
+}

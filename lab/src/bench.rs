@@ -24,6 +24,7 @@ pub mod relayed;
 pub mod report;
 pub mod resume;
 pub mod run;
+pub mod self_check;
 pub mod stage;
 pub mod statistics;
 pub mod summary;

@@ -1,8 +1,11 @@
 //! `ambidex bench`: the main job.
 
 mod geneve;
+mod plan;
+mod self_check;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use lab::bench::case::Case;
@@ -10,6 +13,8 @@ use lab::bench::interrupt::{self, Interrupted};
 use lab::bench::report::{self, Ended, Report};
 use lab::bench::{BenchSpec, Variant, table};
 use lab::topology::{Mode, Overlay, Programs};
+
+use plan::Plan;
 
 use super::{Failure, block_on};
 use crate::options::require_overlay;
@@ -40,13 +45,25 @@ enum BenchCommand {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Three rounds of three seconds, and on one node only the bulk stream
-    #[arg(long)]
+    /// The main cases in three rounds of three seconds: three minutes
+    #[arg(long, group = "plan")]
     quick: bool,
+    /// The main cases on both paths with the relay, six rounds of five seconds: less than 20 minutes
+    #[arg(long, group = "plan")]
+    full: bool,
+    /// All variants and cases in ten rounds: hours, so combine it with --resume
+    #[arg(long, group = "plan")]
+    all: bool,
+    /// Measure one variant (inpod) against itself: exit code 0 if there is no difference, else 3
+    #[arg(long, group = "plan", conflicts_with = "resume")]
+    self_check: bool,
+    /// Delay requests in one of two labs of the same variant, such as by 1ms: exit code 0 if that is detected, else 1
+    #[arg(long, value_name = "TIME", group = "plan", conflicts_with = "resume", value_parser = self_check::time)]
+    inject_delay: Option<Duration>,
     /// Directory for results.json
     #[arg(long, value_name = "DIR", default_value = "out/bench")]
     out: PathBuf,
-    /// Variants, separated by commas: none, node-hybrid, node-tunnel, inpod (these by default), relay
+    /// Variants, separated by commas: none, relay, node-hybrid, node-tunnel, node-direct, inpod
     #[arg(long, value_delimiter = ',', value_name = "VARIANTS")]
     variants: Vec<Variant>,
     /// Cases, separated by commas, such as cross-node/bulk1 or same-node/newconn
@@ -88,16 +105,19 @@ fn show(file: &Path) -> Result<(), Failure> {
 }
 
 fn measure(args: RunArgs) -> Result<(), Failure> {
-    let (rounds, seconds, cases) = if args.quick {
-        (3, 3, Case::quick())
-    } else {
-        (6, 5, Case::all())
+    let plan = match &args {
+        args if args.quick => Plan::quick(),
+        args if args.full => Plan::full(),
+        args if args.all => Plan::all(),
+        args if args.self_check => Plan::self_check(),
+        args if args.inject_delay.is_some() => Plan::injected_delay(),
+        _ => Plan::default(),
     };
     let spec = BenchSpec {
-        variants: once(args.variants, Variant::DEFAULT.to_vec()),
-        cases: once(args.cases, cases),
-        rounds: args.rounds.unwrap_or(rounds),
-        seconds: args.seconds.unwrap_or(seconds),
+        variants: once(args.variants, plan.variants),
+        cases: once(args.cases, plan.cases),
+        rounds: args.rounds.unwrap_or(plan.rounds),
+        seconds: args.seconds.unwrap_or(plan.seconds),
         overlay: args.overlay,
         programs: Programs::of_this_process()?,
         out: args.out,
@@ -113,6 +133,9 @@ fn measure(args: RunArgs) -> Result<(), Failure> {
         );
     }
     interrupt::listen(|| eprintln!("interrupted: removing the labs"))?;
+    if args.self_check || args.inject_delay.is_some() {
+        return self_check::run(&spec, args.inject_delay);
+    }
     let results = spec.out.join(report::RESULTS);
     let report = match lab::bench::run(&spec, &|line| eprintln!("{line}")) {
         Ok(report) => report,

@@ -42,12 +42,24 @@ impl Stage {
     /// # Errors
     /// When the lab cannot be built or a server does not listen.
     pub fn new(variant: &Variant, spec: &BenchSpec) -> Result<Self> {
+        Self::behind(variant, spec, None)
+    }
+
+    /// The same with a delay line before the application that answers requests, where there is to be one.
+    ///
+    /// # Errors
+    /// As [`Stage::new`].
+    pub fn behind(variant: &Variant, spec: &BenchSpec, line: Option<Duration>) -> Result<Self> {
         let lab_spec = variant.lab(LabSpec::unique_name(), spec.overlay, spec.programs.clone());
         let lab = standing::up(&lab_spec, &|_| {})?.scoped();
         let mut servers = Vec::new();
         for path in [Path::CrossNode, Path::SameNode] {
             let directory = lab.dir().join("servers").join(path.server());
-            servers.push(Servers::start(&lab.netns(path.server())?, &directory)?);
+            servers.push(Servers::start(
+                &lab.netns(path.server())?,
+                &directory,
+                line,
+            )?);
         }
         let stage = Self {
             variant: variant.clone(),

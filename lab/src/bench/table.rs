@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use super::load::Latency;
 use super::proof::{Leg, Proof};
 use super::report::{Ended, Report, Sample};
+use super::self_check::SelfCheck;
 use super::statistics::Estimate;
 use super::statistics::drift::LIMIT;
 use super::summary::{self, FOREIGN_LIMIT, Line, summarize};
@@ -113,6 +114,29 @@ pub fn results(report: &Report) -> String {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
+    }
+    trimmed(&table)
+}
+
+/// One line per comparison of a self-check.
+pub fn comparisons(check: &SelfCheck) -> String {
+    let mut table = plain(&[
+        "CASE",
+        "COMPARED",
+        "SECOND OF FIRST [95 %]",
+        "P",
+        "P OF ALL",
+        "DIFFERENT",
+    ]);
+    for comparison in &check.comparisons {
+        table.add_row([
+            comparison.case.to_string(),
+            comparison.measure.to_string(),
+            estimate(comparison.ratio),
+            format!("{:.4}", comparison.p),
+            format!("{:.3}", comparison.p_of_all),
+            if comparison.differs() { "yes" } else { "no" }.to_owned(),
+        ]);
     }
     trimmed(&table)
 }
