@@ -14,7 +14,7 @@ mod verify;
 
 pub use authority::{CaError, CertificateAuthority};
 pub use certificate::{ALPN_H2, CertificateError, WorkloadCertificate};
-pub use local_ca::{DEFAULT_LEAF_TTL, LocalCa, LocalCaError, ROOT_VALIDITY};
+pub use local_ca::{DEFAULT_LEAF_TTL, LocalCa, LocalCaError, ROOT_VALIDITY, SigningError};
 pub use manager::{CertificateInfo, CertificateState, Certificates, RefreshPolicy};
 pub use provider::provider;
 pub use spiffe::{DEFAULT_TRUST_DOMAIN, Identity, InvalidIdentity};

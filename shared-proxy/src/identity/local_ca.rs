@@ -28,6 +28,10 @@ pub const DEFAULT_LEAF_TTL: Duration = Duration::from_secs(24 * 3600);
 /// Certificates begin this much in the past, so that a peer whose clock is late accepts them.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
+mod signing;
+
+pub use signing::SigningError;
+
 const KEY_FILE: &str = "root-key.pem";
 const CERT_FILE: &str = "root-cert.pem";
 const LOCK_FILE: &str = ".root.lock";
@@ -97,13 +101,18 @@ impl LocalCa {
         &self.root
     }
 
-    fn leaf(&self, identity: &Identity) -> Result<WorkloadCertificate, CaError> {
-        if *identity.trust_domain() != self.trust_domain {
-            return Err(CaError::ForeignTrustDomain {
-                identity: identity.clone(),
-                trust_domain: Arc::clone(&self.trust_domain),
-            });
+    fn check_trust_domain_of(&self, identity: &Identity) -> Result<(), CaError> {
+        if *identity.trust_domain() == self.trust_domain {
+            return Ok(());
         }
+        Err(CaError::ForeignTrustDomain {
+            identity: identity.clone(),
+            trust_domain: Arc::clone(&self.trust_domain),
+        })
+    }
+
+    fn leaf(&self, identity: &Identity) -> Result<WorkloadCertificate, CaError> {
+        self.check_trust_domain_of(identity)?;
         let failed = |reason: String| CaError::Failed {
             identity: identity.clone(),
             reason: reason.into(),
@@ -133,13 +142,23 @@ impl LocalCa {
         issuer: &Issuer<'_, KeyPair>,
     ) -> Result<(KeyPair, CertificateDer<'static>), rcgen::Error> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let name = SanType::URI(identity.to_string().try_into()?);
+        let params = self.leaf_params(vec![name], self.leaf_ttl);
+        let leaf = params.signed_by(&key, issuer)?;
+        Ok((key, leaf.der().clone()))
+    }
+
+    /// What certificates have in common, with these names, valid for `ttl` or as long as the root.
+    fn leaf_params(&self, names: Vec<SanType>, ttl: Duration) -> CertificateParams {
         let mut params = CertificateParams::default();
         let now = OffsetDateTime::now_utc();
         params.not_before = now - CLOCK_SKEW;
-        params.not_after = (now + self.leaf_ttl).min(self.root_expires);
+        params.not_after = now
+            .checked_add(ttl.try_into().unwrap_or(time::Duration::MAX))
+            .map_or(self.root_expires, |end| end.min(self.root_expires));
         params.serial_number = Some(random_serial());
         params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
+        params.subject_alt_names = names;
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![
@@ -147,8 +166,7 @@ impl LocalCa {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.use_authority_key_identifier_extension = true;
-        let leaf = params.signed_by(&key, issuer)?;
-        Ok((key, leaf.der().clone()))
+        params
     }
 }
 

@@ -1,0 +1,7 @@
+//! Client and server against each other, and the client against a server that misbehaves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod certificates;
+mod discovery;
+mod hostile;
+mod rig;
