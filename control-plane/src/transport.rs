@@ -217,6 +217,10 @@ impl Endpoint {
             .map_err(|_| ConnectError::Timeout(self.address.clone()))?
     }
 
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "the proxy's own connection: it belongs to no pod and to no scope"
+    )]
     async fn connect_patiently(&self) -> Result<Grpc<Connection>, ConnectError> {
         let address = &self.address;
         let tcp = TcpStream::connect((address.host(), address.port()))

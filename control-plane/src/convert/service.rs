@@ -134,7 +134,6 @@ pub(super) fn to_wire(service: &Service) -> wire::Service {
             Visibility::Public => 0,
             Visibility::Namespace => 1,
         },
-        ..wire::Service::default()
     }
 }
 

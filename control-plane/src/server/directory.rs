@@ -27,7 +27,7 @@ pub enum DirectoryError {
         /// The directory.
         path: PathBuf,
         /// How.
-        source: SnapshotError,
+        source: Box<SnapshotError>,
     },
 }
 
@@ -86,6 +86,6 @@ pub fn load(dir: &Path, files: &Stamps) -> Result<Snapshot, DirectoryError> {
     }
     Snapshot::new(workloads, services, policies).map_err(|source| DirectoryError::Together {
         path: dir.to_owned(),
-        source,
+        source: Box::new(source),
     })
 }
