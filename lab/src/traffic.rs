@@ -269,8 +269,8 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .context("start the traffic runtime")
 }
 
-/// A storm needs more descriptors than the usual soft limit of 1024. Failing to get them shows in the storm itself.
-fn raise_descriptor_limit() {
+/// Many connections need more descriptors than the usual soft limit of 1024. Failing to get them shows in the connections.
+pub(crate) fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard

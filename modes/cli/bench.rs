@@ -5,10 +5,12 @@ mod plan;
 mod self_check;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use lab::bench::case::Case;
+use lab::bench::external::ExternalProxy;
 use lab::bench::interrupt::{self, Interrupted};
 use lab::bench::report::{self, Ended, Report};
 use lab::bench::{BenchSpec, Variant, table};
@@ -66,6 +68,9 @@ struct RunArgs {
     /// Variants, separated by commas: none, relay, node-hybrid, node-tunnel, node-direct, inpod
     #[arg(long, value_delimiter = ',', value_name = "VARIANTS")]
     variants: Vec<Variant>,
+    /// Measure somebody else's proxy that speaks ZDS, too, with in-pod capture; KEY=VALUE go into its environment
+    #[arg(long = "proxy", value_name = "NAME=PATH[,KEY=VALUE...]")]
+    proxies: Vec<ExternalProxy>,
     /// Cases, separated by commas, such as cross-node/bulk1 or same-node/newconn
     #[arg(long, value_delimiter = ',', value_name = "CASES")]
     cases: Vec<Case>,
@@ -113,8 +118,11 @@ fn measure(args: RunArgs) -> Result<(), Failure> {
         args if args.inject_delay.is_some() => Plan::injected_delay(),
         _ => Plan::default(),
     };
+    let mut variants = once(args.variants, plan.variants);
+    let proxies = args.proxies.into_iter().map(Arc::new);
+    variants.extend(proxies.map(Variant::External));
     let spec = BenchSpec {
-        variants: once(args.variants, plan.variants),
+        variants: once(variants, Vec::new()),
         cases: once(args.cases, plan.cases),
         rounds: args.rounds.unwrap_or(plan.rounds),
         seconds: args.seconds.unwrap_or(plan.seconds),

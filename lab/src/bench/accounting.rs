@@ -115,6 +115,37 @@ pub fn ran(pid: i32) -> io::Result<f64> {
     Ok(nanoseconds / 1e9)
 }
 
+/// Memory of a process in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Resident: of what is shared with other processes, all.
+    pub rss_kib: u64,
+    /// Of what is shared with other processes, its part only.
+    pub pss_kib: u64,
+}
+
+/// Memory of a process (proc(5), /proc/PID/smaps_rollup).
+///
+/// # Errors
+/// When there is no such process.
+pub fn memory(pid: i32) -> io::Result<Memory> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| io::Error::other(format!("{path}: {error}")))?;
+    parse_memory(&text).ok_or_else(|| io::Error::other(format!("{path} has an unknown format")))
+}
+
+fn parse_memory(text: &str) -> Option<Memory> {
+    let kib = |label: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(label))?;
+        line.trim().strip_suffix(" kB")?.parse().ok()
+    };
+    Some(Memory {
+        rss_kib: kib("Rss:")?,
+        pss_kib: kib("Pss:")?,
+    })
+}
+
 fn parse_process(text: &str) -> Option<Cpu> {
     // The second field is the program's name in parentheses and may contain anything.
     let (_, after_name) = text.rsplit_once(") ")?;
@@ -150,6 +181,14 @@ mod tests {
             (process.user, process.system),
             (250.0 / second, 50.0 / second)
         );
+    }
+
+    #[test]
+    fn memory_is_understood() {
+        let text = "55d0-7ffe ---p 00000000 00:00 0  [rollup]\nRss:     1234 kB\nPss:      567 kB\nPss_Anon: 1 kB\n";
+        let memory = parse_memory(text).unwrap();
+        assert_eq!((memory.rss_kib, memory.pss_kib), (1234, 567));
+        assert_eq!(parse_memory("Rss: 1 kB\n"), None);
     }
 
     #[test]

@@ -36,6 +36,9 @@ impl fmt::Display for Path {
     }
 }
 
+/// Idle connections of the largest case: two descriptors for each fit under a hard limit of 20,480.
+const MOST_IDLE: u32 = 10_000;
+
 /// The client's pod.
 pub const CLIENT: &str = "pod1-1";
 
@@ -69,6 +72,23 @@ pub enum Load {
     FirstByte,
     /// The same, each through a tunnel of its own that has to be opened first: `cold`.
     Cold,
+    /// Connections that stand and do nothing: `idle1000`.
+    Idle {
+        /// How many.
+        connections: u32,
+    },
+    /// Pods that are captured: `enrol50`, `enrol200-at-once`.
+    Enrol {
+        /// How many.
+        pods: u8,
+        /// All at once, or one after the other.
+        at_once: bool,
+    },
+    /// A proxy that ends and is started again under load: `restart`, `crash`.
+    Restart {
+        /// Whether it is killed, or asked to end and given time for what stands.
+        killed: bool,
+    },
 }
 
 /// How long a sample of a load is.
@@ -82,7 +102,7 @@ pub enum Amount {
 
 impl Load {
     /// All, in the order in which they are measured.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 19] = [
         Self::bulk(1, Way::Up),
         Self::bulk(1, Way::Down),
         Self::bulk(8, Way::Up),
@@ -92,7 +112,23 @@ impl Load {
         Self::NewConnections,
         Self::FirstByte,
         Self::Cold,
+        Self::Idle { connections: 1000 },
+        Self::Idle { connections: 2000 },
+        Self::Idle {
+            connections: MOST_IDLE,
+        },
+        Self::enrol(1, false),
+        Self::enrol(50, false),
+        Self::enrol(50, true),
+        Self::enrol(200, false),
+        Self::enrol(200, true),
+        Self::Restart { killed: false },
+        Self::Restart { killed: true },
     ];
+
+    const fn enrol(pods: u8, at_once: bool) -> Self {
+        Self::Enrol { pods, at_once }
+    }
 
     const fn bulk(streams: u8, way: Way) -> Self {
         Self::Bulk { streams, way }
@@ -105,25 +141,26 @@ impl Load {
             Self::RequestResponse { .. } => "req/s",
             Self::NewConnections => "conn/s",
             Self::FirstByte | Self::Cold => "us",
+            Self::Idle { .. } => "KiB/conn",
+            Self::Enrol { .. } => "ms/pod",
+            Self::Restart { .. } => "ms",
         }
     }
 
     /// Whether more of the main result is better.
     pub fn higher_is_better(self) -> bool {
-        match self {
-            Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections => true,
-            Self::FirstByte | Self::Cold => false,
-        }
+        matches!(
+            self,
+            Self::Bulk { .. } | Self::RequestResponse { .. } | Self::NewConnections
+        )
     }
 
     /// How long a sample is.
     pub fn amount(self) -> Amount {
         match self {
-            Self::Bulk { .. }
-            | Self::RequestResponse { .. }
-            | Self::NewConnections
-            | Self::FirstByte
-            | Self::Cold => Amount::Seconds,
+            Self::Enrol { pods, .. } => Amount::Count(pods.into()),
+            Self::Restart { .. } => Amount::Count(1),
+            _ => Amount::Seconds,
         }
     }
 
@@ -132,7 +169,9 @@ impl Load {
         match self {
             Self::Bulk { .. } => "GB",
             Self::RequestResponse { .. } => "1,000 req",
-            Self::NewConnections | Self::FirstByte | Self::Cold => "1,000 conn",
+            Self::NewConnections | Self::FirstByte | Self::Cold | Self::Idle { .. } => "1,000 conn",
+            Self::Enrol { .. } => "pod",
+            Self::Restart { .. } => "restart",
         }
     }
 
@@ -140,19 +179,17 @@ impl Load {
     pub fn work_unit_size(self) -> f64 {
         match self {
             Self::Bulk { .. } => 1e9,
-            Self::RequestResponse { .. } | Self::NewConnections | Self::FirstByte | Self::Cold => {
-                1e3
-            }
+            Self::Enrol { .. } | Self::Restart { .. } => 1.0,
+            _ => 1e3,
         }
     }
 
     /// A result with as many digits as mean something.
     pub fn show(self, value: f64) -> String {
         match self {
-            Self::Bulk { .. } => format!("{value:.2}"),
-            Self::RequestResponse { .. } | Self::NewConnections | Self::FirstByte | Self::Cold => {
-                format!("{value:.0}")
-            }
+            Self::Bulk { .. } | Self::Enrol { .. } => format!("{value:.2}"),
+            Self::Idle { .. } => format!("{value:.1}"),
+            _ => format!("{value:.0}"),
         }
     }
 }
@@ -170,6 +207,12 @@ impl fmt::Display for Load {
             Self::NewConnections => "newconn".to_owned(),
             Self::FirstByte => "first-byte".to_owned(),
             Self::Cold => "cold".to_owned(),
+            Self::Idle { connections } => format!("idle{connections}"),
+            Self::Enrol { pods, at_once } => {
+                format!("enrol{pods}{}", if *at_once { "-at-once" } else { "" })
+            }
+            Self::Restart { killed: false } => "restart".to_owned(),
+            Self::Restart { killed: true } => "crash".to_owned(),
         })
     }
 }
@@ -190,6 +233,15 @@ impl Case {
         [Path::CrossNode, Path::SameNode]
             .into_iter()
             .flat_map(|path| Load::ALL.map(|load| Self { path, load }))
+            .filter(|case| match case.load {
+                // A proxy that has both sides of each connection would need more descriptors than the usual hard limit.
+                Load::Idle { connections } => {
+                    connections < MOST_IDLE || case.path == Path::CrossNode
+                }
+                // All of it happens on one node.
+                Load::Enrol { .. } => case.path == Path::SameNode,
+                _ => true,
+            })
             .collect()
     }
 
@@ -216,10 +268,27 @@ impl Case {
     /// Whether there is anything to measure: a variant that does not have what the case is about has no samples of it.
     pub fn applies_to(self, variant: &Variant) -> bool {
         match self.load {
+            // Without a mesh there is nothing to weigh, to be captured by, or to be restarted.
+            Load::Idle { .. } | Load::Enrol { .. } | Load::Restart { .. }
+                if *variant == Variant::None =>
+            {
+                false
+            }
+            // A relay that splices has pipes besides its sockets: more descriptors than the usual hard limit.
+            Load::Idle { connections } => *variant != Variant::Relay || connections < MOST_IDLE,
             // Inside the proxy there are no tunnels.
             Load::Cold => *variant != Variant::NodeDirect || self.path == Path::CrossNode,
             _ => true,
         }
+    }
+
+    /// Whether a first sample would differ from later ones for want of warmth. Where daemons or pods are new in each
+    /// sample, it would not.
+    pub fn wants_warm_up(self) -> bool {
+        !matches!(
+            self.load,
+            Load::Idle { .. } | Load::Enrol { .. } | Load::Restart { .. }
+        )
     }
 
     /// Unit of the main result.
@@ -279,5 +348,47 @@ impl FromStr for Case {
                 let known: Vec<String> = Self::all().iter().map(Self::to_string).collect();
                 format!("{word:?} is not a case: {}", known.join(", "))
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_case_has_its_word_and_is_found_by_it() {
+        let all = Case::all();
+        for case in &all {
+            assert_eq!(case.to_string().parse(), Ok(*case));
+        }
+        let words: Vec<String> = all.iter().map(Case::to_string).collect();
+        for word in [
+            "cross-node/bulk1",
+            "same-node/bulk8-down",
+            "cross-node/rr64",
+            "cross-node/idle10000",
+            "same-node/enrol200-at-once",
+        ] {
+            assert!(words.iter().any(|known| known == word), "{word}");
+        }
+        for none in ["same-node/idle10000", "cross-node/enrol1", "bulk1"] {
+            assert!(none.parse::<Case>().is_err(), "{none}");
+        }
+        for part in [Case::quick(), Case::full()] {
+            assert!(part.iter().all(|case| all.contains(case)));
+        }
+    }
+
+    #[test]
+    fn a_case_is_not_measured_where_there_is_nothing_to_measure() {
+        let applies = |word: &str, variant| word.parse::<Case>().unwrap().applies_to(&variant);
+        assert!(!applies("cross-node/idle1000", Variant::None));
+        assert!(!applies("same-node/enrol1", Variant::None));
+        assert!(applies("cross-node/idle2000", Variant::Relay));
+        assert!(!applies("cross-node/idle10000", Variant::Relay));
+        assert!(applies("cross-node/idle10000", Variant::Inpod));
+        assert!(applies("cross-node/cold", Variant::NodeDirect));
+        assert!(!applies("same-node/cold", Variant::NodeDirect));
+        assert!(applies("same-node/cold", Variant::None));
     }
 }

@@ -11,13 +11,44 @@ use super::variant::Variant;
 pub struct ExternalProxy {
     /// What it is called in results.
     pub name: String,
-    /// The program. It is started without arguments: proxies of this kind are told everything by their environment.
+    /// The program. It is started with one argument, `proxy`, as the deployments of proxies of this kind do, and told
+    /// everything else by its environment.
     pub program: PathBuf,
     /// What its environment has on top of what the lab gives it.
     pub environment: BTreeMap<String, String>,
 }
 
 impl ExternalProxy {
+    /// Program and argument.
+    pub fn command(&self) -> Vec<String> {
+        vec![self.program.display().to_string(), "proxy".to_owned()]
+    }
+
+    /// What the lab's environment of a proxy (socket of the agent, workloads, name of the node) lacks for a proxy that
+    /// expects a control plane: that there is none, certificates of its own, and as many threads as `ambidex proxy` has.
+    /// What the user gave wins.
+    pub fn full_environment(&self) -> BTreeMap<String, String> {
+        let threads = std::thread::available_parallelism().map_or(2, |count| count.get().max(2));
+        let threads = threads.to_string();
+        let given = [
+            ("PROXY_MODE", "shared"),
+            ("XDS_ADDRESS", ""),
+            ("CA_ADDRESS", ""),
+            ("FAKE_CA", "true"),
+            ("CLUSTER_ID", "Kubernetes"),
+            ("TRUST_DOMAIN", "cluster.local"),
+            ("POD_NAMESPACE", "istio-system"),
+            ("SERVICE_ACCOUNT", "ztunnel"),
+            ("ZTUNNEL_WORKER_THREADS", threads.as_str()),
+            ("RUST_LOG", "info"),
+        ];
+        let mut environment: BTreeMap<String, String> = given
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into();
+        environment.extend(self.environment.clone());
+        environment
+    }
+
     /// One of which only the name is known: in results that were read, not in a benchmark to be made.
     pub fn named(name: String) -> Self {
         Self {
@@ -84,6 +115,9 @@ mod tests {
         let expected = [("FAKE_CA", "true"), ("RUST_LOG", "warn")]
             .map(|(key, value)| (key.to_owned(), value.to_owned()));
         assert_eq!(proxy.environment, BTreeMap::from(expected));
+        let full = proxy.full_environment();
+        assert_eq!(full["RUST_LOG"], "warn", "the user's wins");
+        assert_eq!(full["XDS_ADDRESS"], "");
         for wrong in [
             "",
             "field",

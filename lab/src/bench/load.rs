@@ -1,7 +1,10 @@
 //! Load on a lab: by tools that everybody knows where there is one, else by this project's own clients.
 
 mod connect;
+mod enrol;
+mod idle;
 mod process;
+mod restart;
 mod servers;
 mod tools;
 
@@ -13,6 +16,7 @@ use anyhow::Result;
 use host_net::netns::Netns;
 use serde::{Deserialize, Serialize};
 
+use super::accounting::Cpu;
 use super::case::{Load, Path};
 use super::stage::Stage;
 use crate::topology::APPLICATION_PORT;
@@ -38,6 +42,8 @@ pub struct Measured {
     pub latency_us: Option<Latency>,
     /// Numbers that the case has beyond these, with their unit in the name: `rss_kib`.
     pub extra: BTreeMap<String, f64>,
+    /// CPU time of the proxies, where the load ended one of them and therefore had to count itself.
+    pub proxies_cpu: Option<Cpu>,
 }
 
 /// Percentiles of a latency, in microseconds.
@@ -103,6 +109,32 @@ pub fn run(load: Load, target: &Target<'_>) -> Result<Measured> {
         Load::NewConnections => tools::wrk(target, 16, &["-H", "Connection: close"]),
         Load::FirstByte => connect::first_byte(target),
         Load::Cold => connect::cold(target),
+        Load::Idle { connections } => idle::idle(target, connections),
+        Load::Enrol { pods, at_once } => enrol::enrol(target, pods, at_once),
+        Load::Restart { killed } => restart::restart(target, killed),
+    }
+}
+
+/// Does what has to be done before a load and is no part of it.
+///
+/// # Errors
+/// When it cannot be done.
+pub fn prepare(load: Load, target: &Target<'_>) -> Result<()> {
+    match load {
+        Load::Idle { .. } => idle::prepare(target),
+        Load::Enrol { pods, .. } => enrol::prepare(target, pods),
+        _ => Ok(()),
+    }
+}
+
+/// Undoes what a load did to the lab.
+///
+/// # Errors
+/// When it cannot be undone.
+pub fn clean_up(load: Load, target: &Target<'_>) -> Result<()> {
+    match load {
+        Load::Enrol { .. } => enrol::clean_up(target),
+        _ => Ok(()),
     }
 }
 

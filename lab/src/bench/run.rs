@@ -143,7 +143,7 @@ pub(super) fn set_up(
     proof::require(&report.proofs)?;
     let warm = in_parallel(&stages, progress, |stage, _| {
         let cases = spec.cases.iter();
-        for case in cases.filter(|case| case.applies_to(&stage.variant)) {
+        for case in cases.filter(|case| case.wants_warm_up() && case.applies_to(&stage.variant)) {
             stage
                 .sample(*case, WARM_UP_SECONDS, 0)
                 .with_context(|| format!("warm-up of {} {case}", stage.variant))?;

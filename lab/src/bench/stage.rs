@@ -51,7 +51,19 @@ impl Stage {
     /// As [`Stage::new`].
     pub fn behind(variant: &Variant, spec: &BenchSpec, line: Option<Duration>) -> Result<Self> {
         let lab_spec = variant.lab(LabSpec::unique_name(), spec.overlay, spec.programs.clone());
-        let lab = standing::up(&lab_spec, &|_| {})?.scoped();
+        // Daemons and servers keep this process's limit.
+        crate::traffic::raise_descriptor_limit();
+        let lab = standing::up(&lab_spec, &|_| {});
+        let lab = match variant {
+            Variant::External(proxy) => lab.with_context(|| {
+                format!(
+                    "no lab with {} in the place of `ambidex proxy`: does it speak ZDS, as a client on INPOD_UDS?",
+                    proxy.program.display()
+                )
+            }),
+            _ => lab,
+        };
+        let lab = lab?.scoped();
         let mut servers = Vec::new();
         for path in [Path::CrossNode, Path::SameNode] {
             let directory = lab.dir().join("servers").join(path.server());
@@ -168,19 +180,19 @@ impl Stage {
         let (_, server) = topology
             .pod(case.path.server())
             .context("the lab has no server pod")?;
-        let client = self.lab.netns(CLIENT)?;
+        let target = Target {
+            stage: self,
+            path: case.path,
+            client: self.lab.netns(CLIENT)?,
+            server: server.ip,
+            seconds,
+        };
+        load::prepare(case.load, &target)?;
         let overlays = self.overlays(case.path)?;
         let (machine, stolen) = (accounting::machine()?, accounting::stolen()?);
         let foreign = foreign::Reading::take()?;
         let ran = self.proxies_ran()?;
         let (proxies, before) = (self.proxies()?, Instant::now());
-        let target = Target {
-            stage: self,
-            path: case.path,
-            client,
-            server: server.ip,
-            seconds,
-        };
         let measured = load::run(case.load, &target)?;
         let mut sample = Sample {
             variant: self.variant.clone(),
@@ -191,7 +203,10 @@ impl Stage {
             work: measured.work,
             latency_us: measured.latency_us,
             extra: measured.extra,
-            proxies_cpu: self.proxies()?.since(proxies),
+            proxies_cpu: match measured.proxies_cpu {
+                Some(cpu) => cpu,
+                None => self.proxies()?.since(proxies),
+            },
             machine_cpu: accounting::machine()?.since(machine),
             foreign_seconds: 0.0,
             stolen_seconds: accounting::stolen()? - stolen,
@@ -210,6 +225,7 @@ impl Stage {
             );
         }
         took_the_path(&sample, self.proxies_ran()? - ran)?;
+        load::clean_up(case.load, &target)?;
         Ok(sample)
     }
 }
@@ -220,6 +236,10 @@ fn took_the_path(sample: &Sample, ran: f64) -> Result<()> {
     let [istioout, _] = sample.overlays;
     let least = match sample.case.load {
         Load::Bulk { .. } => 1e-3,
+        // No payload: the load itself looks whether pods are captured.
+        Load::Enrol { .. } => return Ok(()),
+        // One of the proxies is another process than before: the load itself sees to it that somebody notices.
+        Load::Restart { .. } => f64::NEG_INFINITY,
         _ => LEAST_PER_OPERATION * sample.work,
     };
     if sample.variant != Variant::None && ran < least {

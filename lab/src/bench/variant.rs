@@ -74,7 +74,7 @@ impl Variant {
                 let program = programs.ambidex.display().to_string();
                 Some(vec![program, "lab".to_owned(), "relay".to_owned()])
             }
-            Self::External(proxy) => Some(vec![proxy.program.display().to_string()]),
+            Self::External(proxy) => Some(proxy.command()),
             _ => None,
         };
         let spec = LabSpec::new(name, mode, programs);
@@ -86,6 +86,10 @@ impl Variant {
                 _ => spec.same_node,
             },
             proxy_command,
+            proxy_env: match self {
+                Self::External(proxy) => proxy.full_environment(),
+                _ => spec.proxy_env,
+            },
             ..spec
         }
     }

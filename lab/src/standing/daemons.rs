@@ -69,6 +69,9 @@ impl Lab {
             Command::new(program)
         };
         command.args(arguments).envs(self.environment(node));
+        if daemon == Daemon::Proxy {
+            command.envs(&spec.proxy_env);
+        }
         let netns = self.netns(&target)?;
         let child = process::spawn_detached(&netns, &command, &self.log_path(node, daemon))?;
         let process = i32::try_from(child.id()).ok().and_then(Process::of_pid);

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -223,20 +224,18 @@ pub fn run_captured(
         // A command that does not read its input is its own business.
         move || stdin.map(|mut stdin| stdin.write_all(input.as_bytes()))
     });
-    let deadline = Instant::now() + limit;
-    let status = loop {
-        if let Some(status) = child
-            .try_wait()
-            .with_context(|| format!("wait for {what}"))?
-        {
-            break status;
-        }
-        if Instant::now() >= deadline {
-            let _ = child.kill();
-            let _ = child.wait();
+    // Waited for by a thread that sleeps until it ends: whoever times a command sees no step of a poll in the times.
+    let pid = Pid::from_raw(i32::try_from(child.id()).context("a pid")?);
+    let (ended, end) = mpsc::channel();
+    let waiter = thread::spawn(move || ended.send(child.wait()));
+    let status = match end.recv_timeout(limit) {
+        Ok(status) => status.with_context(|| format!("wait for {what}"))?,
+        Err(_) => {
+            // Its pid is its own until the waiter has it, which takes another turn.
+            let _ = kill(pid, Signal::SIGKILL);
+            let _ = waiter.join();
             bail!("{what} was not done after {limit:?}");
         }
-        thread::sleep(LOOK_EVERY);
     };
     let _ = feed.join();
     let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();

@@ -39,6 +39,9 @@ pub struct LabSpec {
     pub proxy_command: Option<Vec<String>>,
     /// Additional environment of agents and proxies.
     pub daemon_env: BTreeMap<String, String>,
+    /// Additional environment of proxies, over that of [`LabSpec::daemon_env`].
+    #[serde(default)]
+    pub proxy_env: BTreeMap<String, String>,
     /// Additional arguments of agents.
     pub agent_args: Vec<String>,
     /// Additional arguments of proxies.
@@ -112,6 +115,7 @@ impl LabSpec {
             programs,
             proxy_command: None,
             daemon_env: BTreeMap::new(),
+            proxy_env: BTreeMap::new(),
             agent_args: Vec::new(),
             proxy_args: Vec::new(),
         }
