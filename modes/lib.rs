@@ -8,5 +8,6 @@ pub mod cni;
 pub mod logging;
 pub mod options;
 pub mod proxy;
+pub mod proxy_client;
 pub mod run_dir;
 pub mod unix_http;

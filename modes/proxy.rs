@@ -1,6 +1,7 @@
 //! The node proxy's start-up: certificates, workloads, the core, telemetry pages, and the agent's requests.
 
 mod handler;
+pub(crate) mod local_pages;
 mod pages;
 
 use std::net::SocketAddr;
@@ -94,7 +95,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
         workloads: &handler,
         telemetry: &telemetry,
     };
-    let pages = pages::start(&config, &sources, readiness, log, &quit)?;
+    let (pages, _local) = pages::start(&config, &sources, readiness, log, &quit)?;
     let zds = tokio::spawn(client::run(
         ClientOptions {
             path: config.zds_socket.clone(),

@@ -36,6 +36,11 @@ impl RunDir {
         std::env::var_os(variable).map_or_else(|| self.0.join("ztunnel.sock"), PathBuf::from)
     }
 
+    /// Admin pages of the node's proxies: one socket each, in a directory beside their ZDS socket.
+    pub fn proxies(zds: &Path) -> PathBuf {
+        zds.with_file_name("proxies")
+    }
+
     /// Events of the CNI plugin.
     pub fn plugin_events(&self) -> PathBuf {
         self.0.join("pluginevent.sock")

@@ -56,6 +56,18 @@ pub async fn request(
     body: Vec<u8>,
     timeout: Duration,
 ) -> Result<(StatusCode, Vec<u8>), RequestError> {
+    request_up_to(socket, method, uri, body, timeout, BODY_LIMIT).await
+}
+
+/// As [`request`], for an answer of up to `limit` bytes.
+pub async fn request_up_to(
+    socket: &Path,
+    method: Method,
+    uri: &str,
+    body: Vec<u8>,
+    timeout: Duration,
+    limit: usize,
+) -> Result<(StatusCode, Vec<u8>), RequestError> {
     let exchange = async {
         let stream = UnixStream::connect(socket)
             .await
@@ -78,7 +90,7 @@ pub async fn request(
             .await
             .map_err(|e| http_error(&e))?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), BODY_LIMIT)
+        let body = Limited::new(response.into_body(), limit)
             .collect()
             .await
             .map_err(|e| http_error(&e))?;

@@ -5,13 +5,16 @@ mod harness;
 mod runtime;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use harness::Variant::{self, Inpod, NodeHybrid};
-use harness::shared;
+use harness::{Stage, eventually, shared};
 use lab::traffic::Check;
 use rstest::rstest;
+use serde_json::Value;
 
 /// Labels that every series of a connection has.
 const COMMON: [&str; 24] = [
@@ -99,6 +102,141 @@ fn metrics_are_the_fields(#[values(NodeHybrid, Inpod)] variant: Variant) {
         0.0
     );
     promtool(&page);
+}
+
+/// Lists of what the proxy knows, as tables and as documents.
+#[rstest]
+fn the_command_line_lists_what_the_proxy_knows(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let scene = shared(variant);
+    scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+    let get = |what: &str| runtime::ambidex(&scene.lab, &format!("get {what}")).with_code(0);
+    let pod = scene.pod("pod2-1");
+    let line = |table: String, has: &str| {
+        let line = table.lines().find(|line| line.contains(has));
+        line.unwrap_or_else(|| panic!("no {has} in {table}"))
+            .to_owned()
+    };
+    let workload = line(get("workloads"), &format!(" {} ", pod.ip));
+    for part in [pod.name.as_str(), &pod.namespace, "HBONE"] {
+        assert!(workload.contains(part), "{workload}");
+    }
+    let wide = line(get("workloads -o wide"), &format!(" {} ", pod.ip));
+    assert!(wide.contains(&pod.service_account), "{wide}");
+    let certificate = line(get("certs"), &scene.identity("pod1-1"));
+    assert!(certificate.contains("Available"), "{certificate}");
+    assert!(certificate.contains("23h59m"), "{certificate}");
+    assert!(get("services").starts_with("NAMESPACE"));
+    assert!(get("policies").starts_with("NAMESPACE"));
+    let documents: Vec<Value> = serde_json::from_str(&get("certs -o json")).unwrap();
+    assert!(
+        documents
+            .iter()
+            .any(|it| it["identity"] == *scene.identity("pod1-1"))
+    );
+    assert!(get("certs -o yaml").contains("serialNumber:"));
+}
+
+/// One connection is one line, with its halves of both nodes and every leg; ended by one side, it is half-open.
+#[rstest]
+fn the_command_line_joins_the_halves_of_a_connection(
+    #[values(NodeHybrid, Inpod)] variant: Variant,
+    #[values("pod2-1", "pod1-2", "plain2")] to: &str,
+) {
+    let port = 8093;
+    let scene = shared(variant);
+    let _application = scene.witness(to, port);
+    let mut client = connect(&scene, "pod1-1", (scene.ip(to), port).into());
+    client.write_all(b"hello").unwrap();
+    let local = client.local_addr().unwrap();
+    let find = |more: &str| {
+        let directories = [1, 2].map(|node| scene.lab.run_dir(node).display().to_string());
+        let [near, far] = directories;
+        let command = format!("get conns --run-dir {near} --run-dir {far} -o json{more}");
+        let all = runtime::ambidex(&scene.lab, &command).with_code(0);
+        let all: Vec<Value> = serde_json::from_str(&all).unwrap();
+        all.into_iter()
+            .find(|it| it["outbound"]["source"]["addr"] == *local.to_string())
+    };
+    let mut found = Value::Null;
+    eventually("the connection is listed", Duration::from_secs(10), || {
+        found = find("").unwrap_or_default();
+        found["outbound"]["sent"] == 5
+    });
+    assert_eq!(found["state"], "open", "{found:#}");
+    let (outbound, inbound) = (&found["outbound"], &found["inbound"]);
+    assert_eq!(outbound["captureMode"], variant.capture());
+    if to == "plain2" {
+        assert_eq!(*inbound, Value::Null);
+        assert_eq!(
+            outbound["application"]["peer"],
+            format!("{}:{port}", scene.ip(to))
+        );
+    } else {
+        assert_eq!(inbound["sent"], 5, "{found:#}");
+        assert_eq!(outbound["tunnel"], inbound["tunnel"]);
+        assert!(outbound["tunnel"]["stream"].as_u64().is_some(), "{found:#}");
+        assert_eq!(
+            inbound["application"]["peer"],
+            format!("{}:{port}", scene.ip(to))
+        );
+        assert_eq!(inbound["source"]["identity"], *scene.identity("pod1-1"));
+    }
+    assert!(find(" --half-open").is_none());
+
+    client.shutdown(Shutdown::Write).unwrap();
+    eventually("it is half-open", Duration::from_secs(10), || {
+        found = find(" --half-open").unwrap_or_default();
+        found["state"] == "clientEnded"
+    });
+    assert!(found["halfOpenMillis"].as_u64().unwrap() < 10_000);
+    let table = runtime::ambidex(&scene.lab, "get conns").with_code(0);
+    let pod = scene.pod("pod1-1");
+    let source = format!("{}/{}:{}", pod.namespace, pod.name, local.port());
+    let line = table
+        .lines()
+        .find(|line| line.starts_with(&source))
+        .expect(&table);
+    assert!(line.contains("half-open: client ended"), "{line}");
+    drop(client);
+}
+
+/// `--watch` goes on until its reader has seen enough.
+#[test]
+fn connections_are_watched() {
+    let scene = shared(Inpod);
+    let mut child = Command::new(harness::ambidex())
+        .args(["get", "conns", "--watch", "--interval", "0.1"])
+        .envs(scene.lab.environment(1))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let headers = lines
+        .map(Result::unwrap)
+        .filter(|line| line.starts_with("SOURCE"));
+    assert_eq!(headers.take(3).count(), 3);
+    // The reader is gone.
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert_eq!(said, "");
+}
+
+/// A client in a target that says nothing by itself.
+fn connect(scene: &Stage, from: &str, to: SocketAddr) -> TcpStream {
+    let netns = scene.lab.netns(from).unwrap();
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "an application of a test, no part of the proxy"
+    )]
+    let client = netns.run(|| TcpStream::connect(to));
+    client.unwrap().unwrap()
 }
 
 /// Prometheus' own judgement, where it is installed. It dislikes one thing, a gauge whose name ends in `_count`; the name

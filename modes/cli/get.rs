@@ -1,11 +1,18 @@
-//! `ambidex get`: what the agent of this node knows.
+//! `ambidex get`: what the agent and the proxies of this node know.
+
+mod conns;
+mod mesh;
+#[cfg(test)]
+mod tests;
 
 use clap::{Args, Subcommand};
+use serde_json::Value;
 
 use super::output::{OutputArgs, plain_table};
 use super::{Failure, block_on};
 use crate::agent::Pod;
-use crate::agent_client;
+use crate::run_dir::RunDir;
+use crate::{agent_client, proxy_client};
 
 #[derive(Debug, Args)]
 pub(crate) struct GetArgs {
@@ -18,10 +25,64 @@ enum What {
     /// Pods that this node captures, and how
     #[command(visible_alias = "pod")]
     Pods(OutputArgs),
+    /// Workloads of the mesh that the proxy knows
+    #[command(visible_alias = "workload")]
+    Workloads(OutputArgs),
+    /// Services of the mesh that the proxy knows, and how many of their endpoints are healthy
+    #[command(visible_alias = "service")]
+    Services(OutputArgs),
+    /// Authorization policies that the proxy applies
+    #[command(visible_alias = "policy")]
+    Policies(OutputArgs),
+    /// Certificates that the proxy holds for the pods of this node
+    #[command(visible_alias = "certificates")]
+    Certs(OutputArgs),
+    /// Open connections with both of their halves, and those that are half-open
+    #[command(visible_alias = "connections")]
+    Conns(conns::ConnsArgs),
 }
 
 pub(crate) fn run(args: GetArgs) -> Result<(), Failure> {
-    let What::Pods(output) = args.what;
+    match args.what {
+        What::Pods(output) => pods(output),
+        What::Workloads(output) => {
+            let workloads = section("workloads")?;
+            output.print(&workloads, |wide| mesh::workloads(&workloads, wide))?;
+            Ok(())
+        }
+        What::Services(output) => {
+            let (services, workloads) = (section("services")?, section("workloads")?);
+            output.print(&services, |wide| {
+                mesh::services(&services, &workloads, wide)
+            })?;
+            Ok(())
+        }
+        What::Policies(output) => {
+            let policies = section("policies")?;
+            output.print(&policies, |wide| mesh::policies(&policies, wide))?;
+            Ok(())
+        }
+        What::Certs(output) => {
+            let certificates = section("certificates")?;
+            let now = mesh::seconds_since_1970();
+            output.print(&certificates, |wide| {
+                mesh::certificates(&certificates, now, wide)
+            })?;
+            Ok(())
+        }
+        What::Conns(args) => conns::run(args),
+    }
+}
+
+/// A list in the configuration dump of the newest proxy.
+fn section(name: &str) -> anyhow::Result<Vec<Value>> {
+    block_on(async {
+        let proxy = proxy_client::newest(&RunDir::from_env()).await?;
+        proxy.get(&format!("/config_dump?section={name}")).await
+    })?
+}
+
+fn pods(output: OutputArgs) -> Result<(), Failure> {
     let pods: Vec<Pod> = block_on(agent_client::get("/v1/pods"))??;
     output.print(&pods, |wide| {
         let mut header = vec!["NAMESPACE", "NAME", "MODE", "STATE", "IP"];

@@ -34,14 +34,22 @@ impl OutputArgs {
         value: &T,
         table: impl FnOnce(bool) -> Table,
     ) -> anyhow::Result<()> {
-        let text = match self.output {
+        print(&self.render(value, table)?)?;
+        Ok(())
+    }
+
+    /// What [`OutputArgs::print`] prints.
+    pub(crate) fn render<T: Serialize>(
+        self,
+        value: &T,
+        table: impl FnOnce(bool) -> Table,
+    ) -> anyhow::Result<String> {
+        Ok(match self.output {
             Format::Json => format!("{}\n", serde_json::to_string_pretty(value)?),
             Format::Yaml => serde_saphyr::to_string(value)?,
             Format::Table => trimmed(&table(false)),
             Format::Wide => trimmed(&table(true)),
-        };
-        print(&text)?;
-        Ok(())
+        })
     }
 }
 

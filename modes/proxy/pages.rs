@@ -16,7 +16,9 @@ use tokio::sync::Notify;
 
 use super::ProxyConfig;
 use super::handler::Workloads;
+use super::local_pages::{self, SocketFile};
 use crate::logging::Log;
+use crate::run_dir::RunDir;
 
 impl LogControl for Log {
     fn current(&self) -> String {
@@ -43,12 +45,24 @@ pub(super) fn start(
     readiness: Readiness,
     log: Log,
     quit: &Arc<Notify>,
-) -> anyhow::Result<AdminServer> {
-    let listeners = AdminListeners::bind(&AdminAddresses {
+) -> anyhow::Result<(AdminServer, Option<SocketFile>)> {
+    let mut listeners = AdminListeners::bind(&AdminAddresses {
         admin: config.admin,
         metrics: config.metrics,
         readiness: config.readiness,
     })?;
+    // Without it the pages are still there on their port.
+    let directory = RunDir::proxies(&config.zds_socket);
+    let file = match local_pages::listen(&directory) {
+        Ok((listener, file)) => {
+            listeners.local = Some(listener);
+            Some(file)
+        }
+        Err(error) => {
+            tracing::warn!(directory = %directory.display(), %error, "`ambidex get` will not find this proxy");
+            None
+        }
+    };
     let (workloads_of, services_of, policies_of) = (
         Arc::clone(sources.store),
         Arc::clone(sources.store),
@@ -67,7 +81,8 @@ pub(super) fn start(
         .section("workloadState", move || workloads.state())
         .logging(log)
         .on_shutdown(move || quit.notify_one());
-    admin::serve(pages, listeners).context("admin pages")
+    let server = admin::serve(pages, listeners).context("admin pages")?;
+    Ok((server, file))
 }
 
 /// A list as JSON. What cannot be written is shown as the reason.

@@ -19,9 +19,9 @@ use crate::core::{Admitted, Attachment, DialError, Failure};
 use crate::drain::Signal;
 use crate::hbone::authority::Authority;
 use crate::identity::Identity;
-use crate::relay::{Leg, Meter};
+use crate::relay::{End, Leg, Meter};
 use crate::state::{Service, Snapshot, Workload};
-use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
+use crate::telemetry::{ApplicationLeg, ConnectionRecord, Direction, Endpoint, Opening, Step};
 use target::Target;
 
 /// A connection that has arrived at a captured pod, by whatever way.
@@ -123,12 +123,16 @@ pub(crate) async fn arrive(
         dialled => dialled,
     };
     match dialled {
-        Ok(stream) => Ok(Arrived {
-            record,
-            application: Leg::new(stream),
-            admitted,
-            workload,
-        }),
+        Ok(stream) => {
+            let application = Leg::new(stream);
+            note_leg(&record, &application);
+            Ok(Arrived {
+                record,
+                application,
+                admitted,
+                workload,
+            })
+        }
         Err(error) => Err(failed(record, error.into())),
     }
 }
@@ -173,6 +177,13 @@ fn service_of(
     snapshot.service(served.find(|key| *key.hostname == *claimed)?)
 }
 
+/// Tells the operator which connection was made. Without its addresses it has just ended.
+pub(crate) fn note_leg(record: &ConnectionRecord, leg: &Leg) {
+    if let (Ok(local), Ok(peer)) = (leg.stream().local_addr(), leg.stream().peer_addr()) {
+        record.to_application(ApplicationLeg { local, peer });
+    }
+}
+
 /// Says that an arrival was turned away before it had an account.
 fn refused(attachment: &Attachment, arrival: &Arrival<'_>, failure: Failure) -> Failure {
     attachment.core.telemetry.refused(
@@ -197,5 +208,12 @@ impl Meter for ConnectionRecord {
 
     fn to_client(&self, bytes: u64) {
         self.received(bytes);
+    }
+
+    fn ended(&self, end: End) {
+        match end {
+            End::Client => self.client_ended(),
+            End::Application => self.application_ended(),
+        }
     }
 }

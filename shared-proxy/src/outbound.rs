@@ -221,13 +221,16 @@ async fn connect(
     match &destination.way {
         Way::Plain => {
             let who = OnBehalfOf::LocalWorkload(source.client.0.ip());
-            Ok(Upstream::Tcp(Leg::new(attachment.dial(to, who).await?)))
+            let leg = Leg::new(attachment.dial(to, who).await?);
+            inbound::note_leg(&accounts.source, &leg);
+            Ok(Upstream::Tcp(leg))
         }
         Way::Tunnel { expected } => {
             let key = pool_key(attachment, source, to, expected);
             let headers = headers::connect(source, destination);
             let (stream, lease) =
                 open_stream(attachment, &key, &destination.authority, headers).await?;
+            note_stream(accounts, &lease, &stream);
             Ok(Upstream::Tunnel(stream, lease))
         }
         Way::Nested { gateway, expected } => {
@@ -235,6 +238,7 @@ async fn connect(
             let headers = headers::connect(source, destination);
             let (outer, lease) =
                 open_stream(attachment, &key, &destination.authority, headers).await?;
+            note_stream(accounts, &lease, &outer);
             let stream = open_nested(attachment, source, destination, expected, outer).await?;
             Ok(Upstream::Tunnel(stream, lease))
         }
@@ -356,7 +360,11 @@ async fn open_tunnel(
     let who = OnBehalfOf::LocalWorkload(key.source_address);
     let tcp = attachment.dial(key.destination, who).await?;
     let tls = certificate.client_config(&key.expected);
-    let tunnel = Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await?;
+    let local = tcp.local_addr();
+    let mut tunnel = Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await?;
+    if let Ok(local) = local {
+        tunnel = tunnel.made_of(local, key.destination);
+    }
     let capture_mode = key.scope.capture_mode;
     attachment.core.telemetry.took(
         Step::TlsHandshake,
@@ -365,6 +373,13 @@ async fn open_tunnel(
         tunnel.tls_handshake(),
     );
     Ok(tunnel)
+}
+
+/// Tells the operator which stream of which tunnel it is.
+fn note_stream(accounts: &Accounts, lease: &Lease<Tunnel>, stream: &HboneStream) {
+    if let Some(leg) = lease.connection().leg(stream) {
+        accounts.source.through_tunnel(leg);
+    }
 }
 
 impl Meter for Accounts {
@@ -379,6 +394,13 @@ impl Meter for Accounts {
         self.source.received(bytes);
         if let Some((record, _)) = &self.destination {
             record.received(bytes);
+        }
+    }
+
+    fn ended(&self, end: End) {
+        self.source.ended(end);
+        if let Some((record, _)) = &self.destination {
+            record.ended(end);
         }
     }
 }

@@ -27,6 +27,10 @@ pub trait Meter {
     fn to_application(&self, bytes: u64);
     /// Bytes that went from the application to the client.
     fn to_client(&self, bytes: u64);
+    /// This end will send nothing more; called once for each end at most.
+    fn ended(&self, end: End) {
+        let _ = end;
+    }
 }
 
 /// Which end of the user's connection a TCP leg is.
@@ -85,6 +89,7 @@ pub async fn between_tcp(
                 .is_ready()
             {
                 client_side.ended();
+                meter.ended(End::Client);
             }
         }
         if let Some(from) = application_side.open() {
@@ -94,6 +99,7 @@ pub async fn between_tcp(
                 .is_ready()
             {
                 application_side.ended();
+                meter.ended(End::Application);
             }
         }
         if client_side.is_over() && application_side.is_over() {
@@ -137,11 +143,15 @@ pub async fn through_tunnel(
             let moved = out.poll(cx, from, &mut send, |n| counted(end, n));
             if moved.map_err(|e| e.between(end, end))?.is_ready() {
                 tcp_side.ended();
+                meter.ended(end);
             }
         }
         if !tunnel_over {
             let moved = back.poll(cx, &mut recv, &mut write, |n| counted(other, n));
             tunnel_over = moved.map_err(|e| e.between(end, end))?.is_ready();
+            if tunnel_over {
+                meter.ended(other);
+            }
         }
         if tcp_side.is_over() && tunnel_over {
             return Poll::Ready(Ok(()));

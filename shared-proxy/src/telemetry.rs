@@ -34,7 +34,7 @@ mod series;
 #[cfg(test)]
 mod tests;
 
-pub use connection::{ConnectionInfo, ConnectionRecord, EndpointInfo};
+pub use connection::{ApplicationLeg, ConnectionInfo, ConnectionRecord, EndpointInfo, TunnelLeg};
 pub use latency::Step;
 pub use metrics::WorkloadManagerMetrics;
 pub use readiness::{Readiness, ReadinessTask};

@@ -25,6 +25,7 @@ use super::stream::HboneStream;
 use crate::core::DialError;
 use crate::identity::{ALPN_H2, CaError};
 use crate::pool::Multiplexed;
+use crate::telemetry::TunnelLeg;
 use crate::tls_stream::TlsStream;
 
 /// A handle to a standing tunnel. It closes when its last handle is dropped and its last stream has ended.
@@ -33,6 +34,8 @@ pub struct Tunnel {
     requests: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
     tls_handshake: Duration,
+    /// Our end and the peer's.
+    ends: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// Why there is no tunnel.
@@ -161,6 +164,24 @@ impl Tunnel {
             requests,
             closed,
             tls_handshake,
+            ends: None,
+        })
+    }
+
+    /// Tells which TCP connection it is made of: our end and the peer's.
+    pub fn made_of(self, local: SocketAddr, peer: SocketAddr) -> Self {
+        Self {
+            ends: Some((local, peer)),
+            ..self
+        }
+    }
+
+    /// How both ends of the tunnel name one of its streams; `None` when it is not known of which TCP connection it is made.
+    pub fn leg(&self, stream: &HboneStream) -> Option<TunnelLeg> {
+        self.ends.map(|(client, server)| TunnelLeg {
+            client,
+            server,
+            stream: stream.recv.stream_id().as_u32(),
         })
     }
 

@@ -24,7 +24,7 @@ use crate::drain::Signal;
 use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
 use crate::inbound::{Arrival, Arrived, Claims, arrive};
 use crate::relay::{self, End, RelayError};
-use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step};
+use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step, TunnelLeg};
 use crate::tls_stream::TlsStream;
 
 type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
@@ -215,6 +215,11 @@ async fn stream(
     let recv = request.into_body();
     let attachment = &session.attachment;
     attachment.took(Step::Total, Direction::Inbound, began);
+    record.through_tunnel(TunnelLeg {
+        client: session.client.0,
+        server: session.local,
+        stream: recv.stream_id().as_u32(),
+    });
     let tells = session.attachment.core.config.response_baggage;
     let baggage = tells.then(|| HeaderValue::try_from(baggage::baggage(&workload)).ok());
     let mut answer = response(StatusCode::OK);

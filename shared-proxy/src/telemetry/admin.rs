@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::Value;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{Readiness, Telemetry};
 
@@ -135,6 +137,8 @@ pub struct AdminListeners {
     pub metrics: TcpListener,
     /// For the readiness probe.
     pub readiness: TcpListener,
+    /// The admin pages again, for the command line on this node.
+    pub local: Option<UnixListener>,
 }
 
 impl AdminListeners {
@@ -145,6 +149,7 @@ impl AdminListeners {
             admin: bind(addresses.admin)?,
             metrics: bind(addresses.metrics)?,
             readiness: bind(addresses.readiness)?,
+            local: None,
         })
     }
 }
@@ -199,6 +204,9 @@ pub fn serve(admin: Admin, listeners: AdminListeners) -> io::Result<AdminServer>
     for (_, listener) in &sites {
         listener.set_nonblocking(true)?;
     }
+    if let Some(local) = &listeners.local {
+        local.set_nonblocking(true)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -207,7 +215,12 @@ pub fn serve(admin: Admin, listeners: AdminListeners) -> io::Result<AdminServer>
         let _context = runtime.enter();
         let mut bound = Vec::with_capacity(sites.len());
         for (site, listener) in sites {
-            bound.push((site, tokio::net::TcpListener::from_std(listener)?));
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            bound.push((site, Incoming::Tcp(listener)));
+        }
+        if let Some(local) = listeners.local {
+            let listener = tokio::net::UnixListener::from_std(local)?;
+            bound.push((Site::Admin, Incoming::Unix(listener)));
         }
         bound
     };
@@ -228,35 +241,48 @@ pub fn serve(admin: Admin, listeners: AdminListeners) -> io::Result<AdminServer>
     })
 }
 
-async fn accept(site: Site, listener: tokio::net::TcpListener, admin: Arc<Admin>) {
+/// Where requests come from.
+enum Incoming {
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener),
+}
+
+async fn accept(site: Site, incoming: Incoming, admin: Arc<Admin>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
         };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, ?site, "cannot accept a connection to the admin pages");
-                // EMFILE would come back at once.
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
+        let accepted = match &incoming {
+            Incoming::Tcp(listener) => listener.accept().await.map(|(stream, _)| {
+                tokio::spawn(answer(site, stream, Arc::clone(&admin), place));
+            }),
+            Incoming::Unix(listener) => listener.accept().await.map(|(stream, _)| {
+                tokio::spawn(answer(site, stream, Arc::clone(&admin), place));
+            }),
         };
-        let admin = Arc::clone(&admin);
-        tokio::spawn(async move {
-            let connection = http1::Builder::new()
-                .keep_alive(false)
-                .max_buf_size(HEAD_LIMIT)
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT)
-                .serve_connection(
-                    TokioIo::new(stream),
-                    service_fn(|request| pages::answer(site, &admin, request)),
-                );
-            // Errors are the client's: it went away, or sent nothing sensible and was told so.
-            let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
-            drop(place);
-        });
+        if let Err(error) = accepted {
+            tracing::warn!(%error, ?site, "cannot accept a connection to the admin pages");
+            // EMFILE would come back at once.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
+}
+
+async fn answer<S>(site: Site, stream: S, admin: Arc<Admin>, place: OwnedSemaphorePermit)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let connection = http1::Builder::new()
+        .keep_alive(false)
+        .max_buf_size(HEAD_LIMIT)
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(
+            TokioIo::new(stream),
+            service_fn(|request| pages::answer(site, &admin, request)),
+        );
+    // Errors are the client's: it went away, or sent nothing sensible and was told so.
+    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+    drop(place);
 }

@@ -33,8 +33,16 @@ pub(super) struct Late {
     pub service: Option<Arc<Service>>,
     pub hbone_addr: Option<SocketAddr>,
     pub mutual_tls: bool,
+    legs: Legs,
     series: Option<Arc<Series>>,
     counted: Moved,
+}
+
+/// The connections of which a connection consists, as far as the proxy made or accepted them.
+#[derive(Debug, Clone, Default)]
+struct Legs {
+    tunnel: Option<TunnelLeg>,
+    application: Option<ApplicationLeg>,
 }
 
 #[derive(Debug)]
@@ -44,6 +52,31 @@ pub(super) struct Live {
     late: Mutex<Late>,
     sent: AtomicU64,
     received: AtomicU64,
+    client_ended: Moment,
+    application_ended: Moment,
+}
+
+/// When something happened, in milliseconds after the connection was opened and one more; 0 if it has not.
+#[derive(Debug, Default)]
+struct Moment(AtomicU64);
+
+impl Moment {
+    /// Takes the first call only.
+    fn set(&self, started: Instant) {
+        let millis = millis_since(started).saturating_add(1);
+        // An error means that it has happened before.
+        let _ = self.0.compare_exchange(0, millis, Relaxed, Relaxed);
+    }
+
+    /// How long ago it happened.
+    fn millis_ago(&self, started: Instant) -> Option<u64> {
+        let at = self.0.load(Relaxed).checked_sub(1)?;
+        Some(millis_since(started).saturating_sub(at))
+    }
+}
+
+fn millis_since(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Live {
@@ -118,7 +151,11 @@ impl Live {
             mutual_tls: late.mutual_tls,
             sent: moved.sent,
             received: moved.received,
-            age_millis: u64::try_from(self.fixed.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            age_millis: millis_since(self.fixed.started),
+            tunnel: late.legs.tunnel,
+            application: late.legs.application,
+            client_ended_millis: self.client_ended.millis_ago(self.fixed.started),
+            application_ended_millis: self.application_ended.millis_ago(self.fixed.started),
         }
     }
 }
@@ -181,6 +218,37 @@ pub struct ConnectionInfo {
     pub received: u64,
     /// Milliseconds since it was opened.
     pub age_millis: u64,
+    /// The tunnel's stream that carries it, if one does.
+    pub tunnel: Option<TunnelLeg>,
+    /// The TCP connection to the application, or to the next hop, that this proxy made for it alone.
+    pub application: Option<ApplicationLeg>,
+    /// Milliseconds since the client has ended its direction, if it has.
+    pub client_ended_millis: Option<u64>,
+    /// Milliseconds since the application has ended its direction, if it has.
+    pub application_ended_millis: Option<u64>,
+}
+
+/// One stream of one tunnel. Both ends of the tunnel name it alike, which joins the halves of a connection that two
+/// proxies serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelLeg {
+    /// The end that opened the tunnel.
+    pub client: SocketAddr,
+    /// The end that accepted it.
+    pub server: SocketAddr,
+    /// HTTP/2 stream.
+    pub stream: u32,
+}
+
+/// A TCP connection of the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApplicationLeg {
+    /// The proxy's end, with whatever address it speaks.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
 }
 
 /// One end of a [`ConnectionInfo`].
@@ -242,6 +310,7 @@ impl ConnectionRecord {
                 service: opening.destination_service,
                 hbone_addr: opening.hbone_addr,
                 mutual_tls: opening.mutual_tls,
+                legs: Legs::default(),
                 series: None,
                 counted: Moved {
                     sent: 0,
@@ -250,6 +319,8 @@ impl ConnectionRecord {
             }),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            client_ended: Moment::default(),
+            application_ended: Moment::default(),
         });
         if destination_known {
             live.flush(table);
@@ -277,6 +348,26 @@ impl ConnectionRecord {
             self.latencies
                 .observe(Step::FirstByte, capture_mode, direction, time);
         }
+    }
+
+    /// The client will send nothing more; the other direction goes on.
+    pub fn client_ended(&self) {
+        self.live.client_ended.set(self.live.fixed.started);
+    }
+
+    /// The application will send nothing more; the other direction goes on.
+    pub fn application_ended(&self) {
+        self.live.application_ended.set(self.live.fixed.started);
+    }
+
+    /// Tells which stream of which tunnel carries the connection.
+    pub fn through_tunnel(&self, tunnel: TunnelLeg) {
+        self.live.late().legs.tunnel = Some(tunnel);
+    }
+
+    /// Tells which connection was made for it.
+    pub fn to_application(&self, leg: ApplicationLeg) {
+        self.live.late().legs.application = Some(leg);
     }
 
     /// Tells where the connection goes, if that was not known at opening. The labels of the metrics are fixed by whatever

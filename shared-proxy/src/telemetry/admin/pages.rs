@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::{Admin, Site};
 use crate::telemetry::exposition::wants_open_metrics;
@@ -48,8 +48,14 @@ const ADMIN: &[Page] = &[
     Page {
         path: "/config_dump",
         methods: READ,
-        about: "what this proxy knows, as JSON",
+        about: "what this proxy knows, as JSON; ?section=NAME shows one part of it",
         show: config_dump,
+    },
+    Page {
+        path: "/connections",
+        methods: READ,
+        about: "the open connections, as JSON",
+        show: connections,
     },
     Page {
         path: "/logging",
@@ -164,21 +170,46 @@ fn index(_: &Admin, _: &Query) -> Answer {
     text(StatusCode::OK, list(Site::Admin))
 }
 
-fn config_dump(admin: &Admin, _: &Query) -> Answer {
+fn config_dump(admin: &Admin, query: &Query) -> Answer {
+    let wanted = parameter(&query.text, "section");
+    let wants = |name: &str| wanted.as_deref().is_none_or(|wanted| wanted == name);
     let build = admin.telemetry.options();
     let mut dump = Map::new();
-    dump.insert(
-        "version".into(),
-        json!({ "component": build.component, "version": build.tag }),
-    );
-    for (name, read) in &admin.sections {
-        dump.insert((*name).into(), read());
+    if wants("version") {
+        dump.insert(
+            "version".into(),
+            json!({ "component": build.component, "version": build.tag }),
+        );
     }
-    match serde_json::to_value(admin.telemetry.connections()) {
-        Ok(connections) => dump.insert("connections".into(), connections),
-        Err(error) => return failure(&error),
-    };
-    match serde_json::to_string_pretty(&Value::Object(dump)) {
+    for (name, read) in &admin.sections {
+        if wants(name) {
+            dump.insert((*name).into(), read());
+        }
+    }
+    if wants("connections") {
+        match serde_json::to_value(admin.telemetry.connections()) {
+            Ok(connections) => dump.insert("connections".into(), connections),
+            Err(error) => return failure(&error),
+        };
+    }
+    match wanted {
+        None => as_json(&dump),
+        Some(wanted) => match dump.remove(&wanted) {
+            Some(section) => as_json(&section),
+            None => text(
+                StatusCode::NOT_FOUND,
+                format!("no section {wanted:?} in the dump\n"),
+            ),
+        },
+    }
+}
+
+fn connections(admin: &Admin, _: &Query) -> Answer {
+    as_json(&admin.telemetry.connections())
+}
+
+fn as_json<T: serde::Serialize>(value: &T) -> Answer {
+    match serde_json::to_string_pretty(value) {
         Ok(mut body) => {
             body.push('\n');
             respond(StatusCode::OK, JSON, body)
