@@ -296,4 +296,6 @@ impl ServiceAccountMatch {
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
+mod rows;
+#[cfg(test)]
 mod tests;

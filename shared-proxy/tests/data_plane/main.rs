@@ -4,7 +4,13 @@
 
 mod bytes;
 mod ending;
+mod loops;
 mod mesh;
+mod outbound_rows;
+mod peer;
+mod policy_rows;
 mod protocol;
 mod refusals;
+mod retry;
+mod server_rows;
 mod sharing;

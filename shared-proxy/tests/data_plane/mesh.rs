@@ -18,6 +18,7 @@ use shared_proxy::ports::SourcePorts;
 use shared_proxy::state::{Store, local_xds};
 use shared_proxy::telemetry::{Telemetry, TelemetryOptions};
 use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
 
@@ -70,7 +71,7 @@ pub struct Mesh {
     block: Block,
     pub store: Arc<Store>,
     ca: Arc<LocalCa>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// One proxy.
@@ -95,22 +96,37 @@ impl Mesh {
             block: Block::reserve(),
             store: Arc::new(Store::new()),
             ca: Arc::new(ca),
-            _dir: dir,
+            dir,
         }
     }
 
     /// Tells of the workloads, the server's protocol, and of policies (YAML).
     pub fn publish(&self, protocol: &str, policies: &str) {
+        let text = WORKLOADS.replace("PROTOCOL", protocol);
+        self.publish_text(&format!("{text}{policies}"));
+    }
+
+    /// Tells of a state (YAML). `NET` in it stands for the first three numbers of this mesh's addresses.
+    pub fn publish_text(&self, text: &str) {
+        let snapshot = local_xds::parse(&self.fill(text));
+        self.store
+            .replace(snapshot.unwrap_or_else(|error| panic!("{error}\n{text}")));
+    }
+
+    /// The text with this mesh's addresses.
+    pub fn fill(&self, text: &str) -> String {
         let [a, b, c] = self.block.prefix;
-        let text = WORKLOADS
-            .replace("NET", &format!("{a}.{b}.{c}"))
-            .replace("PROTOCOL", protocol);
-        let snapshot = local_xds::parse(&format!("{text}{policies}")).unwrap();
-        self.store.replace(snapshot);
+        text.replace("NET", &format!("{a}.{b}.{c}"))
     }
 
     pub fn ca(&self) -> Arc<LocalCa> {
         self.ca.clone()
+    }
+
+    /// The CA with the same root, for another trust domain.
+    pub fn ca_of(&self, trust_domain: &str) -> Arc<LocalCa> {
+        let ttl = Duration::from_secs(3600);
+        Arc::new(LocalCa::open(self.dir.path(), trust_domain, ttl).unwrap())
     }
 
     pub fn ip(&self, last: u8) -> IpAddr {
@@ -219,6 +235,18 @@ impl Pair {
     pub async fn connect(&self) -> TcpStream {
         self.mesh.connect(CLIENT, self.door).await.unwrap()
     }
+}
+
+/// The connection is reset without a byte. That may be so soon that connecting already fails.
+pub async fn assert_refused(client: io::Result<TcpStream>) {
+    let refused = match client {
+        Ok(mut client) => timeout(Duration::from_secs(30), client.read(&mut [0; 16]))
+            .await
+            .unwrap()
+            .map(|_| ()),
+        Err(error) => Err(error),
+    };
+    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
 /// The metrics hold a failed connection with this flag. The account is closed a moment after the connection.

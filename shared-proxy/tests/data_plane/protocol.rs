@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use rustls_pki_types::ServerName;
 use shared_proxy::capture::HBONE_PORT;
-use shared_proxy::identity::{Certificates, Identity, LocalCa, RefreshPolicy};
+use shared_proxy::identity::{Certificates, Identity, LocalCa, RefreshPolicy, WorkloadCertificate};
 use tokio_rustls::TlsConnector;
 
 use crate::mesh::{CLIENT, Mesh, Node, PORT, SERVER, assert_failed};
@@ -17,7 +17,7 @@ fn identity(account: &str) -> Identity {
     Identity::new("cluster.local", "default", account).unwrap()
 }
 
-async fn server(mesh: &Mesh) -> (Node, Attached) {
+pub async fn server(mesh: &Mesh) -> (Node, Attached) {
     let node = mesh.node();
     let attached = node.core.attach(Arc::new(mesh.server())).await.unwrap();
     (node, attached)
@@ -25,9 +25,20 @@ async fn server(mesh: &Mesh) -> (Node, Attached) {
 
 /// TLS to the server's HBONE port, with a certificate of `ca`. An error if the server turns it away, which with TLS 1.3
 /// shows only when it is used.
-async fn tunnel(mesh: &Mesh, ca: Arc<LocalCa>) -> Result<h2::client::SendRequest<Bytes>, String> {
+pub async fn tunnel(
+    mesh: &Mesh,
+    ca: Arc<LocalCa>,
+) -> Result<h2::client::SendRequest<Bytes>, String> {
     let certificates = Certificates::new(ca, RefreshPolicy::default());
     let certificate = certificates.get(&identity("client")).await.unwrap();
+    tunnel_with(mesh, &certificate).await
+}
+
+/// As [`tunnel`], with a certificate.
+pub async fn tunnel_with(
+    mesh: &Mesh,
+    certificate: &WorkloadCertificate,
+) -> Result<h2::client::SendRequest<Bytes>, String> {
     let to = SocketAddr::new(mesh.ip(SERVER), HBONE_PORT);
     let tcp = mesh.connect(CLIENT, to).await.unwrap();
     let tls = TlsConnector::from(certificate.client_config(&[identity("server")]))
@@ -41,7 +52,7 @@ async fn tunnel(mesh: &Mesh, ca: Arc<LocalCa>) -> Result<h2::client::SendRequest
     requests.ready().await.map_err(|e| e.to_string())
 }
 
-async fn status(
+pub async fn status(
     requests: &h2::client::SendRequest<Bytes>,
     method: Method,
     uri: &str,

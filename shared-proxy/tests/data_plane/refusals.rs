@@ -1,6 +1,6 @@
 //! Who is turned away, and how that shows.
 
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,10 +8,11 @@ use std::time::Duration;
 use shared_proxy::capture::{HBONE_PORT, OUTBOUND_PORT, Role};
 use shared_proxy::core::Attached;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::mesh::{CLIENT, Mesh, Node, Pair, SERVER, TWIN, VIP, assert_failed, quick};
+use crate::mesh::{
+    CLIENT, Mesh, Node, Pair, SERVER, TWIN, VIP, assert_failed, assert_refused, quick,
+};
 
 const LIMIT: Duration = Duration::from_secs(30);
 const STRICT: &str = "
@@ -24,18 +25,6 @@ policies:
 - {name: clients-only, namespace: default, scope: Namespace, action: Allow, dryRun: false,
    rules: [[[{principals: [{Exact: cluster.local/ns/default/sa/somebody-else}]}]]]}
 ";
-
-/// The connection is reset without a byte. That may be so soon that connecting already fails.
-async fn assert_refused(client: io::Result<TcpStream>) {
-    let refused = match client {
-        Ok(mut client) => timeout(LIMIT, client.read(&mut [0; 16]))
-            .await
-            .unwrap()
-            .map(|_| ()),
-        Err(error) => Err(error),
-    };
-    assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionReset);
-}
 
 /// A node whose clients' connections to `dst` are captured.
 async fn captured(mesh: &Mesh, dst: SocketAddr) -> (Node, Attached, SocketAddr) {

@@ -197,3 +197,55 @@ fn a_service_that_is_passed_through_has_no_choice() {
     let vip: NetworkAddress = "/10.1.0.1".parse().unwrap();
     assert!(mesh.service_by_vip(vip.ip).is_some());
 }
+
+#[test]
+fn a_gateway_s_own_port_need_not_be_the_service_s() {
+    let mesh = mesh(
+        "",
+        &[("a", "services: {default/web: {15008: 15018}}"), ("b", "")],
+    );
+    let service = mesh.service(&"default/web".parse().unwrap()).unwrap();
+    let mut rng = StdRng::seed_from_u64(1);
+    let chosen: std::collections::BTreeSet<_> = (0..50)
+        .filter_map(|_| mesh.choose_endpoint(&service, &source(), Wanted::Tunnel(15_008), &mut rng))
+        .map(|(workload, port)| format!("{}:{port}", workload.uid))
+        .collect();
+    assert_eq!(
+        chosen.into_iter().collect::<Vec<_>>(),
+        ["a:15018", "b:15008"]
+    );
+}
+
+#[test]
+fn a_hostname_is_an_address_too() {
+    assert_eq!(
+        chosen("", &[("a", "workloadIps: [], hostname: db.example")]),
+        ["a:8080"]
+    );
+}
+
+#[test]
+fn endpoints_of_another_family_than_the_service_s_do_not_count() {
+    let six = ("six", "workloadIps: ['fd00::1']");
+    let both = ("both", "workloadIps: [10.0.0.9, 'fd00::9']");
+    let four = ("four", "workloadIps: [10.0.0.8]");
+    assert_eq!(
+        chosen("ipFamilies: IPv6", &[six, both, four]),
+        ["both:8080", "six:8080"]
+    );
+    assert_eq!(
+        chosen("ipFamilies: IPv4", &[six, both, four]),
+        ["both:8080", "four:8080"]
+    );
+    assert_eq!(chosen("ipFamilies: Dual", &[six, both, four]).len(), 3);
+}
+
+#[test]
+fn an_application_tunnel_takes_every_port() {
+    let tunnel = "applicationTunnel: {protocol: PROXY, port: 15088}";
+    let mesh = mesh(
+        "",
+        &[("a", tunnel), ("b", "applicationTunnel: {protocol: PROXY}")],
+    );
+    assert_eq!(choices(&mesh, 9).into_keys().collect::<Vec<_>>(), ["a:9"]);
+}

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, Scope};
+use crate::state::service::{
+    HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, Scope, Visibility, WeightedWaypoint,
+};
 use crate::state::workload::{
     ApplicationProtocol, ApplicationTunnel, GatewayAddress, GatewayDestination, Health, Locality,
     NetworkMode, PortMap, Protocol,
@@ -343,4 +345,55 @@ proptest! {
     fn yaml_shaped_text_never_panics(text in "(workloads|services|policies)?(: |\n|- |[\\[\\]{}&*!|>%@'\"]|[a-z0-9/.]{1,4}|  ){0,40}") {
         let _ = parse(&text);
     }
+}
+
+#[test]
+fn reads_what_only_recent_control_planes_say_of_a_service() {
+    let text = r#"
+services:
+- name: web
+  namespace: default
+  hostname: web.example
+  vips: []
+  ports: {}
+  ingressUseWaypoint: true
+  weightedWaypoints:
+  - {destination: {destination: default/canary.example}, weight: 10}
+  - {destination: {destination: east/10.0.0.9, hboneMtlsPort: 15018}, weight: 90}
+  visibility: Namespace
+"#;
+    let service = parse(text).unwrap();
+    let service = service.service(&"default/web.example".parse().unwrap());
+    let service = service.unwrap();
+    let waypoint = |destination, port, weight| WeightedWaypoint {
+        destination: GatewayAddress {
+            destination,
+            hbone_mtls_port: port,
+        },
+        weight,
+    };
+    let expected = Service {
+        name: "web".into(),
+        namespace: "default".into(),
+        hostname: "web.example".into(),
+        ingress_use_waypoint: true,
+        weighted_waypoints: vec![
+            waypoint(
+                GatewayDestination::Hostname("default/canary.example".parse().unwrap()),
+                15008,
+                10,
+            ),
+            waypoint(
+                GatewayDestination::Address("east/10.0.0.9".parse().unwrap()),
+                15018,
+                90,
+            ),
+        ],
+        visibility: Visibility::Namespace,
+        ..Service::default()
+    };
+    assert_eq!(*service, expected);
+    let written = serde_json::to_string(&[&*service]).unwrap();
+    let again = parse(&format!("services: {written}")).unwrap();
+    assert_eq!(again.service(&expected.key()).as_deref(), Some(&expected));
 }
