@@ -10,7 +10,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	user-mode-linux libipset-dev libmnl-dev libclang-dev clang
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
-.PHONY: all deps build release bench bench-full bench-all bench-geneve test test-all test-geneve check clean-lab
+.PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve check clean-lab
 
 all: build
 
@@ -40,6 +40,9 @@ bench-all: release
 # In a User-Mode Linux machine, whose kernel has geneve: one processor, numbers that compare with each other only.
 bench-geneve: release
 	target/release/ambidex bench geneve
+
+bench-cost: release
+	target/release/ambidex bench cost
 
 test: deps
 	tests/run --suite ci

@@ -19,6 +19,7 @@ mod pods;
 pub mod removal;
 mod restore;
 mod subject;
+pub mod timings;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -68,6 +69,7 @@ pub struct Agent {
     /// Held while the node's own objects change.
     setting_up: tokio::sync::Mutex<()>,
     busy: enrol::Busy,
+    timings: timings::Timings,
 }
 
 /// What stands between a pod and its enrolment.
@@ -113,6 +115,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         status: Mutex::default(),
         setting_up: tokio::sync::Mutex::default(),
         busy: enrol::Busy::default(),
+        timings: timings::Timings::default(),
     });
     agent.make_inpod_host_objects().await?;
     agent.restore_pods().await?;

@@ -4,10 +4,12 @@
 //! [`run()`] does it all. [`variant`] and [`case`] say what is compared, [`stage`] is where, [`load`] makes the traffic,
 //! [`accounting`] reads CPU time and [`counters`] devices, [`proof`] judges captured packets ([`tap`], [`pcap`],
 //! [`tls_records`]), [`report`] keeps every sample, [`summary`] says what they come to by [`statistics`], [`verdict`] whether
-//! that is to be believed, [`table`] prints it. [`resume`] goes on with a broken-off run.
+//! that is to be believed, [`table`] prints it. [`resume`] goes on with a broken-off run. [`mod@cost`] keeps accounts of each variant
+//! alone, [`geneve`] runs all of it on another kernel.
 
 pub mod accounting;
 pub mod case;
+pub mod cost;
 pub mod counters;
 pub mod delay;
 pub mod environment;

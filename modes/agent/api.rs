@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | 200 when a pod could be captured: a proxy has its snapshot, the node's own objects stand; else 503 and why |
 //! | `GET /v1/pods` | every pod of this node |
+//! | `GET /v1/enrolments` | how long the steps of the last enrolments took |
 //! | `GET /v1/plan?pod=P` or `?node` | the plans with their places |
 //! | `GET /v1/diff?pod=P` or `?node` | what the kernel lacks or has too much |
 //! | `POST /v1/undo?pod=P` or `?node` | removes exactly that |
@@ -94,6 +95,7 @@ pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
             Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
         },
         (Method::GET, "/v1/pods") => Answer::json(&agent.pods.all()),
+        (Method::GET, "/v1/enrolments") => Answer::json(&agent.timings.all()),
         (method, "/v1/plan" | "/v1/diff" | "/v1/undo") => {
             let Some(subject) = Subject::parse(query) else {
                 return Answer::text(

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::admission::has_address;
 use super::plans::announcement;
+use super::timings::{EnrolmentTimes, micros};
 use super::{Agent, Pod, PodState, removal};
 use crate::unix_http::Caller;
 
@@ -70,7 +71,8 @@ impl Agent {
     /// Enrols a pod: announcement and acknowledgement first, redirect last. On an error everything is taken back; so it
     /// is when the plugin gave up meanwhile, because the runtime takes the sandbox down then.
     pub(super) async fn enrol(&self, pod: Pod, caller: &Caller) -> Result<(), EnrolError> {
-        let deadline = Instant::now() + ENROL_WITHIN;
+        let begun = Instant::now();
+        let deadline = begun + ENROL_WITHIN;
         let name = pod.qualified_name();
         let failed = |error| EnrolError::Failed {
             pod: name.clone(),
@@ -89,20 +91,29 @@ impl Agent {
         };
         if self.pods.get(&pod.uid).as_ref() == Some(&captured) {
             // A repetition. A capture that stands is not taken away because it cannot be confirmed.
-            return self.capture(&pod, deadline).await.map_err(failed);
+            let repeated = self.capture(&pod, deadline).await;
+            return repeated.map(drop).map_err(failed);
         }
         self.make_room(&pod, deadline).await.map_err(failed)?;
-        if let Err(error) = self.put_in_place(pod.clone(), deadline, caller).await {
-            if let Err(left) = self.take_away(&pod, CONFIRM_FAILED_WITHIN).await {
-                tracing::error!(
-                    pod = name,
-                    error = format!("{left:#}"),
-                    "a failed enrolment left something behind"
-                );
+        let put = self.put_in_place(pod.clone(), deadline, caller).await;
+        let times = match put {
+            Ok(times) => times,
+            Err(error) => {
+                if let Err(left) = self.take_away(&pod, CONFIRM_FAILED_WITHIN).await {
+                    tracing::error!(
+                        pod = name,
+                        error = format!("{left:#}"),
+                        "a failed enrolment left something behind"
+                    );
+                }
+                tracing::error!(pod = name, error = format!("{error:#}"), "enrolment failed");
+                return Err(failed(error));
             }
-            tracing::error!(pod = name, error = format!("{error:#}"), "enrolment failed");
-            return Err(failed(error));
-        }
+        };
+        self.timings.note(EnrolmentTimes {
+            total_us: micros(begun.elapsed()),
+            ..times
+        });
         tracing::info!(pod = name, mode = %pod.mode, "pod is captured");
         Ok(())
     }
@@ -157,26 +168,45 @@ impl Agent {
         mut pod: Pod,
         deadline: Instant,
         caller: &Caller,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<EnrolmentTimes> {
+        let begun = Instant::now();
         // An undo of the node says so first and lists the pods then; so one of the two sees the other.
         self.pods.put(pod.clone())?;
+        let recorded = begun.elapsed();
         self.refuse_after_undo()?;
-        self.capture(&pod, deadline).await?;
+        let times = self.capture(&pod, deadline).await?;
         if caller.has_left() {
             return Err(anyhow!("the plugin gave up waiting"));
         }
         pod.state = PodState::Captured;
+        let captured = Instant::now();
         self.pods.put(pod)?;
-        Ok(())
+        Ok(EnrolmentTimes {
+            record_us: micros(recorded + captured.elapsed()),
+            ..times
+        })
     }
 
-    async fn capture(&self, pod: &Pod, deadline: Instant) -> anyhow::Result<()> {
+    async fn capture(&self, pod: &Pod, deadline: Instant) -> anyhow::Result<EnrolmentTimes> {
+        let begun = Instant::now();
         timeout_at(deadline, self.zds.add(announcement(pod)?))
             .await
             .map_err(|_| anyhow!("the proxy did not answer within {ENROL_WITHIN:?}"))?
             .context("the proxy did not take it")?;
+        let announced = Instant::now();
         // Not cut short: what the kernel was told half of would have to be taken back while it is still being told.
-        self.make_redirect(pod).await
+        let plans = self.pod_plans(pod).await?;
+        let planned = Instant::now();
+        for (place, plan) in plans {
+            self.converge(&place, &plan).await?;
+        }
+        Ok(EnrolmentTimes {
+            uid: pod.uid.clone(),
+            announce_us: micros(announced - begun),
+            plan_us: micros(planned - announced),
+            apply_us: micros(planned.elapsed()),
+            ..EnrolmentTimes::default()
+        })
     }
 
     /// Unenrols the pod with this UID if it is (still) one that `unwanted` means: redirect first, then its listeners,

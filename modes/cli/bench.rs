@@ -1,5 +1,6 @@
 //! `ambidex bench`: the main job.
 
+mod cost;
 mod geneve;
 mod plan;
 mod self_check;
@@ -38,6 +39,8 @@ pub(crate) struct BenchArgs {
 enum BenchCommand {
     /// The same benchmark over real geneve, in a User-Mode Linux machine on one processor
     Geneve(geneve::GeneveArgs),
+    /// What each variant costs: processor time per process, memory per pod and tunnel, packets, kernel objects
+    Cost(cost::CostArgs),
     /// Print a results file again; exit code 1 if it must not be believed
     Show {
         /// results.json
@@ -95,6 +98,7 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
     match args.command {
         None => measure(args.run),
         Some(BenchCommand::Geneve(args)) => geneve::run(args),
+        Some(BenchCommand::Cost(args)) => cost::run(args),
         Some(BenchCommand::Show { file }) => show(&file),
     }
 }

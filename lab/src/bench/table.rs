@@ -263,7 +263,7 @@ pub fn verdict(report: &Report) -> Option<String> {
     }
 }
 
-fn plain(header: &[&str]) -> Table {
+pub(super) fn plain(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
@@ -276,7 +276,7 @@ fn plain(header: &[&str]) -> Table {
 }
 
 /// Without the blanks at the ends of lines.
-fn trimmed(table: &Table) -> String {
+pub(super) fn trimmed(table: &Table) -> String {
     let lines: Vec<String> = table
         .lines()
         .map(|line| line.trim_end().to_owned())

@@ -210,12 +210,21 @@ impl Lab {
 
     /// Asks `GET /healthz` on the agent's socket: status and body.
     fn agent_health(&self, node: u8) -> Result<(u16, String)> {
+        self.ask_agent(node, "/healthz")
+    }
+
+    /// Asks a node's agent for a page of its API: status and body.
+    ///
+    /// # Errors
+    /// When it does not answer, or not in HTTP.
+    pub fn ask_agent(&self, node: u8, page: &str) -> Result<(u16, String)> {
         let path = self.run_dir(node).join("agent.sock");
         let mut stream = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
         let limit = Some(Duration::from_secs(5));
         stream.set_read_timeout(limit)?;
         stream.set_write_timeout(limit)?;
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
+        let request = format!("GET {page} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes())?;
         let mut answer = Vec::new();
         stream
             .read_to_end(&mut answer)
