@@ -1,9 +1,10 @@
 //! Logs of the daemons: text or JSON on standard output, written by a thread of its own so that a full pipe never stops
-//! a worker.
+//! a worker, many lines at a time.
 
-use std::io::IsTerminal;
+mod writer;
 
-use tracing_appender::non_blocking::WorkerGuard;
+use std::io::{self, IsTerminal};
+
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
@@ -14,12 +15,15 @@ const DEFAULT_FILTER: &str = "info";
 /// Keeps the log's thread alive, and can change the filter while the program runs.
 pub struct Log {
     filter: reload::Handle<EnvFilter, Registry>,
-    _guard: WorkerGuard,
+    _guard: writer::Guard,
 }
 
 /// Starts logging: filter from `RUST_LOG`, JSON when `LOG_FORMAT=json`.
-pub fn start() -> Log {
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stdout());
+///
+/// # Errors
+/// The log's thread cannot be started.
+pub fn start() -> io::Result<Log> {
+    let (lines, guard) = writer::start(io::stdout())?;
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let (filter, handle) = reload::Layer::new(filter);
@@ -30,17 +34,17 @@ pub fn start() -> Log {
     // A second subscriber in one process can only come from a test; the first one stays.
     let _ = if std::env::var("LOG_FORMAT").is_ok_and(|format| format == "json") {
         registry
-            .with(fmt::layer().json().flatten_event(true).with_writer(writer))
+            .with(fmt::layer().json().flatten_event(true).with_writer(lines))
             .try_init()
     } else {
         registry
-            .with(fmt::layer().with_ansi(colour).with_writer(writer))
+            .with(fmt::layer().with_ansi(colour).with_writer(lines))
             .try_init()
     };
-    Log {
+    Ok(Log {
         filter: handle,
         _guard: guard,
-    }
+    })
 }
 
 impl Log {

@@ -44,6 +44,8 @@ pub enum ScopeError {
 pub struct InpodScope {
     id: ScopeId,
     netns: Netns,
+    /// Where the proxy's threads are.
+    own: Netns,
     workload: LocalWorkload,
 }
 
@@ -51,7 +53,8 @@ pub struct InpodScope {
 static PORTS: LazyLock<SourcePorts> = LazyLock::new(|| SourcePorts::new(ports::INPOD));
 
 impl InpodScope {
-    /// A scope whose sockets are in `netns`, the pod's namespace; `own` is the proxy's.
+    /// A scope whose sockets are in `netns`, the pod's namespace; `own` is the proxy's, in which all threads
+    /// are that will call this.
     pub fn new(netns: Netns, workload: LocalWorkload, own: &Netns) -> Result<Self, ScopeError> {
         if netns.id() == own.id() {
             return Err(ScopeError::OwnNamespace {
@@ -65,6 +68,7 @@ impl InpodScope {
                 instance: Arc::clone(&workload.uid),
             },
             netns,
+            own: own.clone(),
             workload,
         })
     }
@@ -93,7 +97,7 @@ impl InpodScope {
 
     /// A socket with the mark of the proxy's own; on a listener it is inherited by what it accepts.
     fn socket_in_pod(&self, domain: Domain) -> io::Result<Socket> {
-        let socket = self.netns.run(|| {
+        let socket = self.netns.run_from(&self.own, || {
             Socket::new(
                 domain,
                 Type::STREAM.nonblocking().cloexec(),

@@ -24,7 +24,7 @@ pub(crate) struct AgentArgs {
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
-    let _log = logging::start();
+    let _log = logging::start()?;
     let run_dir = RunDir::from_env();
     let config = AgentConfig {
         mode: args.capture.mode,
@@ -89,7 +89,7 @@ pub(crate) struct ProxyArgs {
 }
 
 pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
-    let log = logging::start();
+    let log = logging::start()?;
     let config = ProxyConfig {
         zds_socket: args
             .zds_socket
@@ -114,7 +114,7 @@ pub(crate) fn proxy_runtime(workers: Option<usize>) -> std::io::Result<Runtime> 
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(workers.max(2))
+        .worker_threads(workers.max(1))
         .enable_all()
         .build()
 }

@@ -33,7 +33,7 @@ pub(crate) struct RelayArgs {
 }
 
 pub(crate) fn run(args: RelayArgs) -> Result<(), Failure> {
-    let _log = logging::start();
+    let _log = logging::start()?;
     let config = RelayConfig {
         zds_socket: args
             .zds_socket
