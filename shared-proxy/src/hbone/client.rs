@@ -159,6 +159,8 @@ impl Tunnel {
             .await
             .map_err(|error| TunnelError::Http2(peer, error))?;
         let closed = Arc::new(AtomicBool::new(false));
+        // Boxed: a future keeps room for each place that a value was moved through.
+        let connection = Box::new(connection);
         tokio::spawn(drive(connection, closed.clone(), config.clone(), peer));
         Ok(Self {
             requests,
@@ -245,12 +247,11 @@ impl Tunnel {
 
 /// Runs a connection until it ends or its peer is dead. Its streams fail with it.
 async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
-    connection: h2::client::Connection<TlsStream<T>, Bytes>,
+    mut connection: Box<h2::client::Connection<TlsStream<T>, Bytes>>,
     closed: Arc<AtomicBool>,
     config: HboneConfig,
     peer: SocketAddr,
 ) {
-    let mut connection = connection;
     let pings = connection.ping_pong();
     let result = tokio::select! {
         result = &mut connection => result,

@@ -27,7 +27,8 @@ use crate::relay::{self, End, RelayError};
 use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step, TunnelLeg};
 use crate::tls_stream::TlsStream;
 
-type Connection = h2::server::Connection<TlsStream<TcpStream>, Bytes>;
+/// Boxed: a future keeps room for each place that a value was moved through.
+type Connection = Box<h2::server::Connection<TlsStream<TcpStream>, Bytes>>;
 
 /// Why a connection did not become a tunnel.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +141,7 @@ async fn establish(
     }
     let builder = attachment.core.config.hbone.server_builder();
     let connection = builder.handshake(tls).await.map_err(TunnelFailure::Http2)?;
+    let connection = Box::new(connection);
     let session = Session {
         attachment: attachment.clone(),
         client,
