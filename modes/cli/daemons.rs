@@ -114,7 +114,7 @@ pub(crate) fn proxy_runtime(workers: Option<usize>) -> std::io::Result<Runtime> 
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(workers.max(1))
+        .worker_threads(workers.max(2))
         .enable_all()
         .build()
 }
