@@ -1,7 +1,7 @@
 //! Pods that are captured: how long the plugin's call takes, one pod after the other or all at once.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,13 @@ const NODE: u8 = 1;
 const LISTENERS: [u16; 3] = [15001, 15006, 15008];
 /// The set of captured pods of the node capture.
 const CAPTURED: &str = "ztunnel-pods-ips";
+/// The plugin's error "try again later" (CNI specification 1.0.0, error code 11): the agent has more to do than it can in
+/// the time that the plugin waits.
+const TRY_AGAIN: &str = "\"code\":11,";
+/// How often the plugin is called for a pod at most.
+const MOST_TRIES: u32 = 10;
+/// How long after it said so: a runtime leaves the node time, too.
+const RETRIES_AFTER: Duration = Duration::from_secs(1);
 /// How many pods are let go at a time when the sample is over.
 const AT_A_TIME: usize = 8;
 
@@ -57,7 +64,8 @@ pub fn enrol(target: &Target<'_>, pods: u8, at_once: bool) -> Result<Measured> {
     let ran = [daemons(Daemon::Agent)?, daemons(Daemon::Proxy)?];
     let begun = Instant::now();
     let workers = if at_once { extras.len() } else { 1 };
-    let times = each(&extras, workers, |pod| lab.add_pod(&pod.name))?;
+    let refused = AtomicU32::new(0);
+    let times = each(&extras, workers, |pod| add(lab, pod, &refused))?;
     let wall = begun.elapsed();
     let ran = [
         daemons(Daemon::Agent)? - ran[0],
@@ -73,6 +81,7 @@ pub fn enrol(target: &Target<'_>, pods: u8, at_once: bool) -> Result<Measured> {
     let latency = Latency::of(times.iter().map(|time| time.as_secs_f64() * 1e6).collect());
     let per_pod = |seconds: f64| seconds * 1e3 / f64::from(pods);
     let extra = [
+        ("try_again_later", f64::from(refused.into_inner())),
         ("wall_ms", wall.as_secs_f64() * 1e3),
         ("agent_cpu_ms_per_pod", per_pod(ran[0])),
         ("proxy_cpu_ms_per_pod", per_pod(ran[1])),
@@ -84,6 +93,22 @@ pub fn enrol(target: &Target<'_>, pods: u8, at_once: bool) -> Result<Measured> {
         extra: extra.map(|(key, value)| (key.to_owned(), value)).into(),
         ..Measured::default()
     })
+}
+
+/// Calls the plugin, again when it says so, as a container runtime does.
+fn add(lab: &Lab, pod: &Pod, refused: &AtomicU32) -> Result<()> {
+    let mut tries = 1;
+    loop {
+        match lab.add_pod(&pod.name) {
+            Err(error) if tries < MOST_TRIES && format!("{error:#}").contains(TRY_AGAIN) => {
+                interrupt::check()?;
+                tries += 1;
+                refused.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(RETRIES_AFTER);
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Lets the pods go.
