@@ -13,6 +13,7 @@ pub mod cost;
 pub mod counters;
 pub mod delay;
 pub mod environment;
+pub mod equality;
 pub mod external;
 pub mod foreign;
 pub mod geneve;

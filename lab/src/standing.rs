@@ -7,6 +7,7 @@
 mod build;
 mod cgroup;
 mod cni;
+mod congestion;
 mod crowd;
 mod daemons;
 mod demolish;

@@ -173,6 +173,8 @@ fn print(report: &Report, verbose: bool) {
     println!();
     println!("{}", table::results(report));
     println!();
+    println!("{}", table::equality(report));
+    println!();
     println!("{}", table::conditions(report));
 }
 

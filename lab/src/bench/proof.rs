@@ -78,6 +78,8 @@ pub struct Seen {
     pub payload: u64,
     /// TLS records on the ports of the tunnel.
     pub tls_records: usize,
+    /// Ciphers of the TLS handshakes that were seen.
+    pub ciphers: Vec<String>,
     /// Whether the marker was there to be read.
     pub marker: bool,
 }

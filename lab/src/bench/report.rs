@@ -10,6 +10,7 @@ use super::accounting::Cpu;
 use super::case::Case;
 use super::counters::Counters;
 use super::environment::Environment;
+use super::equality::Property;
 use super::load::Latency;
 use super::proof::Proof;
 use super::resume;
@@ -99,6 +100,8 @@ pub struct Report {
     pub overlay_ordered: Overlay,
     /// Overlay device of the node capture: geneve or vxlan. None when no variant has one.
     pub overlay: Option<String>,
+    /// What was equal between the variants, and what was not.
+    pub equality: Vec<Property>,
     /// Proofs of the path.
     pub proofs: Vec<Proof>,
     /// Medians and ranges, one line per case and variant.
@@ -125,6 +128,7 @@ impl Report {
             seconds_per_sample: spec.seconds,
             overlay_ordered: spec.overlay,
             overlay: None,
+            equality: Vec::new(),
             proofs: Vec::new(),
             summary: Vec::new(),
             samples: Vec::new(),

@@ -1,15 +1,18 @@
 //! One benchmark: a lab per variant, all standing at once, measured in turns.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::case::{CLIENT, Case, Path};
 use super::environment::Environment;
+use super::equality;
 use super::interrupt::{self, Interrupted};
 use super::pace::{self, Pace};
 use super::proof;
@@ -23,6 +26,8 @@ use crate::topology::{Overlay, Programs};
 
 /// Seconds of the unmeasured run that each variant makes of each case.
 const WARM_UP_SECONDS: u64 = 1;
+/// How long after the beginning of the first such run its connections are looked at.
+const LOOK_AFTER: Duration = Duration::from_millis(500);
 
 /// A benchmark as a user orders it.
 #[derive(Debug, Clone)]
@@ -143,14 +148,33 @@ pub(super) fn set_up(
     proof::require(&report.proofs)?;
     let warm = in_parallel(&stages, progress, |stage, _| {
         let cases = spec.cases.iter();
+        let mut used = BTreeMap::new();
         for case in cases.filter(|case| case.wants_warm_up() && case.applies_to(&stage.variant)) {
-            stage
-                .sample(*case, WARM_UP_SECONDS, 0)
-                .with_context(|| format!("warm-up of {} {case}", stage.variant))?;
+            let warm_up = || stage.sample(*case, WARM_UP_SECONDS, 0);
+            let sample = if used.is_empty() {
+                thread::scope(|scope| {
+                    let load = scope.spawn(warm_up);
+                    thread::sleep(LOOK_AFTER);
+                    used = equality::congestion_control(stage);
+                    load.join().unwrap_or_else(|panic| resume_unwind(panic))
+                })
+            } else {
+                warm_up()
+            };
+            sample.with_context(|| format!("warm-up of {} {case}", stage.variant))?;
         }
-        Ok(())
+        let mut facts = equality::facts(stage)?;
+        for (place, names) in used {
+            let names: Vec<String> = names.into_iter().collect();
+            facts.insert(equality::used_in(place), names.join(" and "));
+        }
+        Ok((stage.variant.clone(), facts))
     });
-    warm.into_iter().collect::<Result<()>>()?;
+    let labs = warm.into_iter().collect::<Result<Vec<_>>>()?;
+    report.equality = equality::matrix(&labs, &report.proofs);
+    if let Some(used) = equality::of_clients(&report.equality) {
+        report.environment.congestion_control = used;
+    }
     report.environment.ask_load();
     Ok(stages)
 }

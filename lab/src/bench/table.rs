@@ -118,6 +118,30 @@ pub fn results(report: &Report) -> String {
     trimmed(&table)
 }
 
+/// What was equal between the variants: one line per property, and where it was not, one per value.
+pub fn equality(report: &Report) -> String {
+    let mut table = plain(&["PROPERTY", "EQUAL", "VALUE"]);
+    for property in &report.equality {
+        let mut values: Vec<(&String, Vec<&str>)> = Vec::new();
+        for (variant, value) in &property.values {
+            match values.iter_mut().find(|(known, _)| *known == value) {
+                Some((_, variants)) => variants.push(variant),
+                None => values.push((value, vec![variant])),
+            }
+        }
+        let what = &property.what;
+        if let ([(value, _)], true) = (values.as_slice(), property.equal) {
+            table.add_row([what.as_str(), "yes", value.as_str()]);
+            continue;
+        }
+        for (value, variants) in values {
+            let value = format!("{}: {value}", variants.join(", "));
+            table.add_row([what.as_str(), "NO", value.as_str()]);
+        }
+    }
+    trimmed(&table)
+}
+
 /// One line per comparison of a self-check.
 pub fn comparisons(check: &SelfCheck) -> String {
     let mut table = plain(&[
@@ -212,6 +236,12 @@ pub fn conditions(report: &Report) -> String {
         text.push_str(&format!(
             "\nwarning: the baseline was another one in the second half of the rounds: {}",
             drifted.join(", ")
+        ));
+    }
+    for property in report.equality.iter().filter(|property| !property.equal) {
+        text.push_str(&format!(
+            "\nwarning: the variants differ in more than the capture: {}",
+            property.what
         ));
     }
     let foreign = |sample: &&Sample| {

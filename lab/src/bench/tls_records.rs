@@ -63,6 +63,24 @@ pub fn check(stream: &[u8]) -> Result<usize, NotTls> {
     }
 }
 
+/// The cipher that a server chose, if the stream is a server's and begins with a handshake (RFC 8446, section 4.1.3).
+pub fn cipher(stream: &[u8]) -> Option<String> {
+    // Record header; then type, length, version and random of the message; then the session id, which is echoed.
+    let hello = stream.get(HEADER..)?;
+    if stream[0] != 22 || *hello.first()? != 2 {
+        return None;
+    }
+    let session = usize::from(*hello.get(38)?);
+    let chosen = hello.get(39 + session..41 + session)?;
+    Some(match *chosen {
+        [0x13, 0x01] => "TLS_AES_128_GCM_SHA256".to_owned(),
+        [0x13, 0x02] => "TLS_AES_256_GCM_SHA384".to_owned(),
+        [0x13, 0x03] => "TLS_CHACHA20_POLY1305_SHA256".to_owned(),
+        [high, low] => format!("0x{high:02x}{low:02x}"),
+        _ => return None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -74,6 +92,20 @@ mod tests {
         bytes.extend((length as u16).to_be_bytes());
         bytes.extend(vec![0xaa; length]);
         bytes
+    }
+
+    #[test]
+    fn the_cipher_is_in_the_first_message_of_a_server() {
+        let mut hello = vec![22, 3, 3, 0, 90, 2, 0, 0, 86, 3, 3];
+        hello.extend([7; 32]);
+        hello.push(32);
+        hello.extend([9; 32]);
+        hello.extend([0x13, 0x02, 0]);
+        assert_eq!(cipher(&hello).as_deref(), Some("TLS_AES_256_GCM_SHA384"));
+        assert_eq!(cipher(&hello[..70]), None);
+        hello[5] = 1;
+        assert_eq!(cipher(&hello), None, "a client's");
+        assert_eq!(cipher(&record(23, 100)), None, "no handshake");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use host_net::sysctl;
 use nix::sys::signal::Signal;
 
 use super::process::{self, Process};
-use super::{Daemon, Lab, Progress, cgroup};
+use super::{Daemon, Lab, Progress, cgroup, congestion};
 use crate::topology::network::Attachment;
 use crate::topology::{Kind, Mode, Node, Pod};
 
@@ -184,6 +184,7 @@ pub(super) fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
 
 /// One call of `ip` for many changes in a namespace.
 pub(super) fn ip_batch(netns: &str, batch: &str) -> Result<()> {
+    let batch = &congestion::for_cubic(netns, batch);
     let here = Netns::current()?;
     let mut command = Command::new("ip");
     command.args(["-netns", netns, "-batch", "-"]);

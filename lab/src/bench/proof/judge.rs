@@ -1,5 +1,6 @@
 //! From what was observed to statements. No packets are captured here, so this can be tested without a lab.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::{Leg, PROOF_PORT, Proof, Seen, Statement};
@@ -173,6 +174,7 @@ pub fn judge(variant: &Variant, path: Path, observed: &Observed) -> Proof {
             segments: all.segments,
             payload: all.payload,
             tls_records: read.records,
+            ciphers: read.ciphers.into_iter().collect(),
             marker: read.marker.is_some(),
         });
     }
@@ -200,6 +202,7 @@ struct Reading {
     marker: Option<Flow>,
     /// TLS records on the tunnel's ports.
     records: usize,
+    ciphers: BTreeSet<String>,
     /// Payload on the tunnel's ports, to the server and back.
     tunnelled: [u64; 2],
     not_tls: Vec<String>,
@@ -212,6 +215,7 @@ impl Reading {
         let mut reading = Self {
             marker: capture.contains(&observed.marker),
             records: 0,
+            ciphers: BTreeSet::new(),
             tunnelled: [
                 capture.volume(|flow| *flow.to.ip() == observed.server && is_tunnel(flow)),
                 capture.volume(|flow| *flow.from.ip() == observed.server && is_tunnel(flow)),
@@ -228,6 +232,7 @@ impl Reading {
                     .push(format!("{name}: {} bytes", stream.len()));
                 continue;
             }
+            reading.ciphers.extend(tls_records::cipher(stream));
             // A tunnel that stood before the tap was idle then, so that it is entered between two records.
             match tls_records::check(stream) {
                 Ok(count) => reading.records += count,
