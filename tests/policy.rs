@@ -155,12 +155,26 @@ fn denied_while_open(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) 
         };
         connections(3.0);
         let rules = (PRINCIPAL.rules)(&scene);
+        let (mark, before) = (scene.mark(2), denials(&scene));
         let changed = scene.with_state(|state| apply_to(state, GUARDED, PRINCIPAL.action, rules));
         for denied in [tunnelled, plain] {
             let outcome = denied.join().unwrap();
             assert_eq!(outcome.saw, Some(Saw::Reset), "{outcome:#?}");
             assert!(outcome.millis < 8000, "it ended by itself: {outcome:#?}");
         }
+        for src in ["pod1-1", "plain1"] {
+            let line = [
+                ("direction", "inbound"),
+                ("src.workload", src),
+                ("dst.workload", GUARDED),
+                ("message", "connection complete"),
+                ("error", "~no ALLOW policy matches"),
+            ];
+            scene.access_line(mark, &line);
+        }
+        eventually("both are counted as denied", Duration::from_secs(5), || {
+            denials(&scene) >= before + 2.0
+        });
         let outcome = allowed.join().unwrap();
         assert!(outcome.ok, "{outcome:#?}");
         drop(changed);

@@ -44,6 +44,9 @@ pub struct Workload {
     pub authorization_policies: Vec<String>,
     /// Services that this pod answers for, with the port on the service and on the pod.
     pub services: BTreeMap<String, BTreeMap<u16, u16>>,
+    /// Further keys, which only some scenarios need.
+    #[serde(flatten)]
+    pub more: BTreeMap<String, serde_json::Value>,
 }
 
 /// One service.
@@ -60,6 +63,9 @@ pub struct Service {
     pub vips: Vec<String>,
     /// Port on the service and on its endpoints.
     pub ports: BTreeMap<u16, u16>,
+    /// Further keys, which only some scenarios need.
+    #[serde(flatten)]
+    pub more: BTreeMap<String, serde_json::Value>,
 }
 
 impl Topology {
@@ -80,6 +86,7 @@ impl Topology {
                 hostname,
                 vips: vec![format!("/{SERVICE_VIP}")],
                 ports: ports(),
+                more: BTreeMap::new(),
             }],
             policies: Vec::new(),
         }
@@ -128,5 +135,6 @@ fn workload(node: &str, pod: &Pod, service_key: &str) -> Workload {
             .then(|| (service_key.to_owned(), ports()))
             .into_iter()
             .collect(),
+        more: BTreeMap::new(),
     }
 }
