@@ -399,3 +399,22 @@ fn an_injected_delay_is_detected() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("want at least 7"), "{stderr}");
 }
+
+#[test]
+fn the_tables_of_documents_are_what_their_results_say() {
+    let check = |document: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ambidex"));
+        command.args(["bench", "report", "docs/results", "--check", "--write"]);
+        command
+            .arg(document)
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
+        command.output().unwrap().status.code()
+    };
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/performance.md");
+    assert_eq!(check(&document), Some(0), "make it so without --check");
+    let directory = tempfile::tempdir().unwrap();
+    let changed = directory.path().join("performance.md");
+    let text = std::fs::read_to_string(&document).unwrap();
+    std::fs::write(&changed, text.replace("Gbit/s", "Mbit/s")).unwrap();
+    assert_eq!(check(&changed), Some(3));
+}

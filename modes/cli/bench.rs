@@ -1,6 +1,7 @@
 //! `ambidex bench`: the main job.
 
 mod cost;
+mod document;
 mod geneve;
 mod plan;
 mod self_check;
@@ -41,6 +42,8 @@ enum BenchCommand {
     Geneve(geneve::GeneveArgs),
     /// What each variant costs: processor time per process, memory per pod and tunnel, packets, kernel objects
     Cost(cost::CostArgs),
+    /// Generate the tables of a document from results files, such as docs/results --write docs/performance.md
+    Report(document::DocumentArgs),
     /// Print a results file again; exit code 1 if it must not be believed
     Show {
         /// results.json
@@ -99,6 +102,7 @@ pub(crate) fn run(args: BenchArgs) -> Result<(), Failure> {
         None => measure(args.run),
         Some(BenchCommand::Geneve(args)) => geneve::run(args),
         Some(BenchCommand::Cost(args)) => cost::run(args),
+        Some(BenchCommand::Report(args)) => document::run(&args),
         Some(BenchCommand::Show { file }) => show(&file),
     }
 }

@@ -62,7 +62,9 @@ pub fn used_in(place: &str) -> String {
 
 /// Congestion control of the clients' connections, where it was the same in all labs.
 pub fn of_clients(properties: &[Property]) -> Option<String> {
-    let mut found = properties.iter().filter(|p| p.equal && p.what == used_in("client"));
+    let mut found = properties
+        .iter()
+        .filter(|p| p.equal && p.what == used_in("client"));
     found.next()?.values.values().next().cloned()
 }
 
