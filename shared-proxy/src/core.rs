@@ -117,6 +117,15 @@ impl Core {
             ended: AtomicBool::new(false),
         });
         tokio::spawn(enforce::enforce(Arc::downgrade(&shared)));
+        let weak = Arc::downgrade(&shared);
+        shared.telemetry.gauge(
+            "ambidex_pooled_tunnels",
+            "Tunnels to other pods that this proxy has opened and keeps",
+            move || {
+                let tunnels = weak.upgrade().map_or(0, |it| it.pool.connections());
+                i64::try_from(tunnels).unwrap_or(i64::MAX)
+            },
+        );
         Self { shared }
     }
 

@@ -235,6 +235,19 @@ impl Telemetry {
         }
     }
 
+    /// Adds a gauge without labels that is read at every scrape.
+    pub fn gauge(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        read: impl Fn() -> i64 + Send + Sync + 'static,
+    ) {
+        let read = Box::new(read);
+        self.register(|registry| {
+            registry.register_collector(Box::new(metrics::GaugeCollector { name, help, read }));
+        });
+    }
+
     /// Adds the `tokio_*` metrics of a runtime: the one that carries the connections.
     pub fn watch_runtime(&self, runtime: tokio::runtime::Handle) {
         self.register(|registry| {

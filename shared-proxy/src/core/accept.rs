@@ -3,6 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
+
 use super::Attachment;
 use crate::capture::{Captured, Listener, Role};
 use crate::drain::Signal;
@@ -13,14 +15,15 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// At most one line about errors of a listener in this time.
 const LOG_EVERY: Duration = Duration::from_secs(5);
 
-/// Accepts until told to drain, and closes the listener then. No error ends it.
+/// Accepts until told to drain, and closes the listener then. No error ends it. What waits in the listener's queue at the
+/// end is taken, too: the kernel would reset it, also when another proxy listens on the same port.
 pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Signal) {
     let role = listener.role();
     let mut errors = ErrorLog::default();
     loop {
         let accepted = tokio::select! {
             biased;
-            () = signal.draining() => return,
+            () = signal.draining() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -32,6 +35,13 @@ pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Sign
                 }
             }
         }
+    }
+    // Once more after the driver has looked at the socket: what has just come is not known before.
+    for _ in 0..2 {
+        while let Some(Ok(captured)) = listener.accept().now_or_never() {
+            serve(&attachment, role, captured, signal.clone());
+        }
+        tokio::task::yield_now().await;
     }
 }
 

@@ -144,6 +144,26 @@ impl EncodeLabel for DisplayLabel<'_> {
     }
 }
 
+/// A gauge that somebody else knows.
+pub(super) struct GaugeCollector {
+    pub name: &'static str,
+    pub help: &'static str,
+    pub read: Box<dyn Fn() -> i64 + Send + Sync>,
+}
+
+impl fmt::Debug for GaugeCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("GaugeCollector").field(&self.name).finish()
+    }
+}
+
+impl Collector for GaugeCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let metric = encoder.encode_descriptor(self.name, self.help, None, MetricType::Gauge)?;
+        ConstGauge::new((self.read)()).encode(metric)
+    }
+}
+
 /// The pods that are captured through this process.
 #[derive(Debug, Clone, Default)]
 pub struct WorkloadManagerMetrics {
