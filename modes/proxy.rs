@@ -36,6 +36,8 @@ pub struct ProxyConfig {
     pub cert_ttl: Duration,
     /// How long connections may go on after SIGTERM.
     pub drain: Duration,
+    /// Whether answers to a CONNECT say who the destination is.
+    pub response_baggage: bool,
     /// Network that addresses without one belong to.
     pub network: String,
     /// Cluster name.
@@ -72,6 +74,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
             trust_domain: config.trust_domain.as_str().into(),
             cluster: config.cluster_id.as_str().into(),
             network: config.network.as_str().into(),
+            response_baggage: config.response_baggage,
             ..CoreConfig::default()
         },
         Arc::clone(&store),

@@ -74,6 +74,17 @@ pub(crate) struct ProxyArgs {
     /// Name of this cluster
     #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
     cluster_id: String,
+    /// Tell peers in the answer to a CONNECT who the destination is
+    #[arg(
+        long,
+        env = "ENABLE_RESPONSE_BAGGAGE",
+        default_value_t = false,
+        action = clap::ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true"
+    )]
+    response_baggage: bool,
     /// Worker threads (default: one per core, at least two)
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
     worker_threads: Option<usize>,
@@ -101,6 +112,7 @@ pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         drain: Duration::from_secs(args.drain_seconds),
         network: args.network,
         cluster_id: args.cluster_id,
+        response_baggage: args.response_baggage,
         admin: args.admin,
         metrics: args.metrics,
         readiness: args.readiness,

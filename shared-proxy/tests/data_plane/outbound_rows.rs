@@ -329,6 +329,36 @@ services:";
     assert_failed(&one, flag).await;
 }
 
+/// Row 8 without a tunnel between: a pod of the same process is told of its connection as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_8_application_tunnel_of_a_pod_that_is_handed_over() {
+    let mesh = Mesh::empty();
+    let keys = "applicationTunnel: {protocol: PROXY, port: 15088}, workloadIps: [NET.21], protocol: HBONE, services: {default/web: {}}";
+    mesh.publish_text(&state(keys, ""));
+    let node = mesh.node();
+    let scope = mesh.clients().handing_over(mesh.pod(SERVER, "server"));
+    let door = scope.forward(
+        mesh.ip(CLIENT),
+        Role::Outbound,
+        "10.96.0.1:9".parse().unwrap(),
+    );
+    let _attached = node.core.attach(Arc::new(scope)).await.unwrap();
+    let app = TcpListener::bind((mesh.ip(SERVER), 15_088)).await.unwrap();
+    let mut client = mesh.connect(CLIENT, door).await.unwrap();
+    client.write_all(b"hello").await.unwrap();
+    client.shutdown().await.unwrap();
+    let (mut server, _) = timeout(LIMIT, app.accept()).await.unwrap().unwrap();
+    let mut got = Vec::new();
+    timeout(LIMIT, server.read_to_end(&mut got))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(got.starts_with(b"\r\n\r\n\0\r\nQUIT\n\x21\x11"), "{got:?}");
+    let end = b"spiffe://cluster.local/ns/default/sa/clienthello";
+    assert!(got.ends_with(end), "{got:?}");
+    assert_eq!(node.core.pooled_tunnels(), 0);
+}
+
 /// Knows one name.
 #[derive(Debug)]
 struct OneName(&'static str, IpAddr);
