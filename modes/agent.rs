@@ -50,6 +50,8 @@ pub struct AgentConfig {
     pub mode: Mode,
     /// Variants of the captures.
     pub variant: VariantArgs,
+    /// Whether pods' DNS queries are captured.
+    pub dns_capture: bool,
     /// ZDS socket.
     pub zds_socket: PathBuf,
     /// Other sockets.

@@ -12,7 +12,8 @@ mod plan;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::unix_http::RequestError;
 
@@ -33,7 +34,7 @@ enum Command {
     /// Run the node agent: enrols pods and keeps their redirects
     Agent(daemons::AgentArgs),
     /// Run the node proxy
-    Proxy(daemons::ProxyArgs),
+    Proxy(Box<daemons::ProxyArgs>),
     /// Show what the agent of this node knows
     Get(get::GetArgs),
     /// Show the kernel objects that a pod's capture, or the node's, consists of
@@ -65,12 +66,21 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 
 /// Entry point of the binary `ambidex`.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            if let Some(variable) = variable_of(&error) {
+                eprintln!("The value comes from the environment variable {variable}.");
+            }
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
     let outcome = match cli.command {
         Command::Bench(args) => bench::run(args),
         Command::Lab(args) => lab::run(args),
         Command::Agent(args) => daemons::run_agent(args),
-        Command::Proxy(args) => daemons::run_proxy(args),
+        Command::Proxy(args) => daemons::run_proxy(*args),
         Command::Get(args) => get::run(args),
         Command::Plan(args) => plan::run_plan(args),
         Command::Diff(args) => plan::run_diff(args),
@@ -87,6 +97,26 @@ pub fn main() -> ExitCode {
         Err(Failure::Differs) => ExitCode::from(3),
         Err(Failure::Code(code)) => ExitCode::from(code),
     }
+}
+
+/// The environment variable that a wrong value came from: clap names the flag in its place.
+fn variable_of(error: &clap::Error) -> Option<String> {
+    let ContextValue::String(argument) = error.get(ContextKind::InvalidArg)? else {
+        return None;
+    };
+    let flag = argument.split([' ', '=', '[']).next()?;
+    if std::env::args().any(|given| given.split('=').next() == Some(flag)) {
+        return None;
+    }
+    let program = Cli::command();
+    let name = std::env::args().nth(1)?;
+    let variable = program
+        .find_subcommand(name)?
+        .get_arguments()
+        .find(|argument| argument.get_long() == flag.strip_prefix("--"))?
+        .get_env()?;
+    std::env::var_os(variable)?;
+    Some(variable.to_string_lossy().into_owned())
 }
 
 /// Whether the reader of standard output has seen enough.

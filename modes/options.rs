@@ -1,5 +1,8 @@
 //! The words that `lab up`, `bench` and `agent` share: one vocabulary for the variants of both captures.
 
+pub mod duration;
+pub mod field;
+
 use clap::Args;
 use host_net::netlink::NetlinkError;
 use host_net::plan::OverlayKind;

@@ -20,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use crate::logging::Log;
+use crate::options::field::FieldArgs;
 
 /// What a proxy is started with.
 #[derive(Debug, Clone)]
@@ -34,10 +35,10 @@ pub struct ProxyConfig {
     pub trust_domain: String,
     /// Lifetime of workload certificates.
     pub cert_ttl: Duration,
+    /// Settings under the field's names.
+    pub field: FieldArgs,
     /// How long connections may go on after SIGTERM.
     pub drain: Duration,
-    /// Whether answers to a CONNECT say who the destination is.
-    pub response_baggage: bool,
     /// Network that addresses without one belong to.
     pub network: String,
     /// Cluster name.
@@ -50,11 +51,28 @@ pub struct ProxyConfig {
     pub readiness: SocketAddr,
 }
 
+fn core_config(config: &ProxyConfig) -> CoreConfig {
+    config.field.apply(CoreConfig {
+        trust_domain: config.trust_domain.as_str().into(),
+        cluster: config.cluster_id.as_str().into(),
+        network: config.network.as_str().into(),
+        ..CoreConfig::default()
+    })
+}
+
+/// The settings that a proxy would run with.
+pub fn in_force(config: &ProxyConfig) -> serde_json::Value {
+    let core = core_config(config);
+    config.field.describe(&core, config.drain, config.cert_ttl)
+}
+
 /// Runs a proxy until SIGTERM or SIGINT, then drains.
 pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let own_netns = Netns::current()?;
+    config.field.check()?;
+    config.field.require_compliance()?;
 
     let store = Arc::new(Store::in_network(config.network.as_str()));
     let watch =
@@ -70,13 +88,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     }));
     telemetry.watch_runtime(tokio::runtime::Handle::current());
     let core = Core::new(
-        CoreConfig {
-            trust_domain: config.trust_domain.as_str().into(),
-            cluster: config.cluster_id.as_str().into(),
-            network: config.network.as_str().into(),
-            response_baggage: config.response_baggage,
-            ..CoreConfig::default()
-        },
+        core_config(&config),
         Arc::clone(&store),
         Arc::clone(&certificates),
         Arc::clone(&telemetry),
@@ -97,6 +109,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
         certificates: &certificates,
         workloads: &handler,
         telemetry: &telemetry,
+        in_force: in_force(&config),
     };
     let (pages, _local) = pages::start(&config, &sources, readiness, log, &quit)?;
     let zds = tokio::spawn(client::run(

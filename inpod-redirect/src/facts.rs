@@ -20,6 +20,9 @@ pub const RULE_RETURN: u32 = 32764;
 /// Routing table in the pod: everything is local.
 pub const TABLE_LOCAL: u32 = 100;
 
+/// Connection tracking zone of the proxy's own DNS queries.
+pub const DNS_ZONE: u16 = 1;
+
 /// Chain entered from PREROUTING.
 pub const PREROUTING_CHAIN: &str = "ISTIO_PRERT";
 /// Chain entered from OUTPUT.

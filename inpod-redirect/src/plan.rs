@@ -11,7 +11,7 @@ use host_net::plan::{
     RuleAction, Set, Step, Table,
 };
 use ipnet::{IpNet, Ipv4Net};
-use shared_proxy::capture::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
+use shared_proxy::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 
 use crate::facts::*;
 
@@ -24,6 +24,8 @@ pub struct PodFacts {
     pub ip: Ipv4Addr,
     /// Whether the pod's namespace has IPv6, and so something to drop.
     pub ipv6: bool,
+    /// Whether its DNS queries are captured.
+    pub dns: bool,
 }
 
 /// Objects in the pod's namespace.
@@ -76,9 +78,40 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
         "PREROUTING",
         nat_prerouting(phase),
     ));
-    plan.steps
-        .push(chain(Table::Nat, OUTPUT_CHAIN, "OUTPUT", nat_output(phase)));
+    plan.steps.push(chain(
+        Table::Nat,
+        OUTPUT_CHAIN,
+        "OUTPUT",
+        nat_output(facts, phase),
+    ));
+    if facts.dns {
+        plan.steps.extend(dns_zone());
+    }
     plan
+}
+
+/// The proxy's own queries are tracked apart from the pod's. A pod's query stays known as redirected for half a minute
+/// after its answer; the proxy's next query from the same port would be taken for one more of it, and be redirected too.
+fn dns_zone() -> [Step; 2] {
+    let zone = format!("-j CT --zone {DNS_ZONE}");
+    [
+        chain(
+            Table::Raw,
+            PREROUTING_CHAIN,
+            "PREROUTING",
+            vec![format!(
+                "-p udp -m udp --sport 53 -m mark ! --mark {MARK_PROXY} {zone}"
+            )],
+        ),
+        chain(
+            Table::Raw,
+            OUTPUT_CHAIN,
+            "OUTPUT",
+            vec![format!(
+                "-p udp -m udp --dport 53 -m mark --mark {MARK_PROXY} {zone}"
+            )],
+        ),
+    ]
 }
 
 /// Begins a connection: `--syn` as `iptables-save` prints it.
@@ -94,12 +127,22 @@ fn nat_prerouting(phase: Phase) -> Vec<String> {
     rules
 }
 
-fn nat_output(phase: Phase) -> Vec<String> {
-    let mut rules = vec![
-        format!("-d {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT"),
+fn nat_output(facts: &PodFacts, phase: Phase) -> Vec<String> {
+    let mut rules = vec![format!("-d {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT")];
+    if facts.dns && phase == Phase::Active {
+        rules.extend([
+            format!(
+                "! -o lo -p udp -m udp --dport 53 -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {DNS_PORT}"
+            ),
+            format!(
+                "! -d 127.0.0.1/32 -p tcp -m tcp --dport 53 {SYN} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {DNS_PORT}"
+            ),
+        ]);
+    }
+    rules.extend([
         format!("-p tcp -m mark --mark {MARK_RETURN} -j ACCEPT"),
         "! -d 127.0.0.1/32 -o lo -j ACCEPT".to_owned(),
-    ];
+    ]);
     if phase == Phase::Active {
         rules.push(format!(
             "! -d 127.0.0.1/32 -p tcp -m tcp {SYN} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {OUTBOUND_PORT}"

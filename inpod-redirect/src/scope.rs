@@ -9,12 +9,12 @@ use std::sync::{Arc, LazyLock};
 
 use host_net::netns::Netns;
 use shared_proxy::capture::{
-    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload, OUTBOUND_PORT,
-    OnBehalfOf, OrigDstAddr, Refusal, Role, Scope, ScopeId,
+    ClientAddr, DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload,
+    OUTBOUND_PORT, OnBehalfOf, OrigDstAddr, Refusal, Role, Scope, ScopeId,
 };
 use shared_proxy::ports::{self, SourcePorts};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, UdpSocket};
 
 use crate::facts::MARK_PROXY;
 
@@ -79,30 +79,38 @@ impl InpodScope {
     }
 
     fn listener(&self, role: Role, port: u16) -> io::Result<Listener> {
-        let socket = self.socket_in_pod(Domain::IPV4)?;
+        let socket = self.socket_in_pod(Domain::IPV4, Protocol::TCP)?;
+        socket.set_ip_transparent_v4(true)?;
+        // Local queries are redirected to the loopback address, and answered from it. Nobody else is to ask there.
+        let ip = match role {
+            Role::Dns => Ipv4Addr::LOCALHOST,
+            _ => Ipv4Addr::UNSPECIFIED,
+        };
+        self.bind(&socket, SocketAddr::from((ip, port)))?;
+        socket.listen(BACKLOG)?;
+        Listener::new(role, TcpListener::from(socket))
+    }
+
+    fn bind(&self, socket: &Socket, address: SocketAddr) -> io::Result<()> {
         socket.set_reuse_address(true)?;
         // Two proxies serve a pod while one replaces the other.
         socket.set_reuse_port(true)?;
-        socket.set_ip_transparent_v4(true)?;
-        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
         socket.bind(&SockAddr::from(address)).map_err(|error| {
             named(
                 error,
                 format!("listener {address} in pod {}", pod_name(&self.workload)),
             )
-        })?;
-        socket.listen(BACKLOG)?;
-        Listener::new(role, TcpListener::from(socket))
+        })
     }
 
     /// A socket with the mark of the proxy's own; on a listener it is inherited by what it accepts.
-    fn socket_in_pod(&self, domain: Domain) -> io::Result<Socket> {
+    fn socket_in_pod(&self, domain: Domain, protocol: Protocol) -> io::Result<Socket> {
+        let kind = match protocol {
+            Protocol::UDP => Type::DGRAM,
+            _ => Type::STREAM,
+        };
         let socket = self.netns.run_from(&self.own, || {
-            Socket::new(
-                domain,
-                Type::STREAM.nonblocking().cloexec(),
-                Some(Protocol::TCP),
-            )
+            Socket::new(domain, kind.nonblocking().cloexec(), Some(protocol))
         })??;
         socket.set_mark(MARK_PROXY.value)?;
         Ok(socket)
@@ -121,8 +129,10 @@ impl Scope for InpodScope {
         dst: OrigDstAddr,
     ) -> Result<LocalWorkload, Refusal> {
         let address = match role {
-            Role::Outbound | Role::Dns => client.0.ip(),
+            Role::Outbound => client.0.ip(),
             Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
+            // Bound to loopback: whoever reaches it is in the pod, whatever address it asks from.
+            Role::Dns => return Ok(self.workload.clone()),
         };
         // Agents without our extension do not tell a pod's addresses.
         if self.workload.addresses.is_empty() || self.workload.addresses.contains(&address) {
@@ -140,13 +150,27 @@ impl Scope for InpodScope {
             Role::Outbound => OUTBOUND_PORT,
             Role::InboundPlaintext => INBOUND_PLAINTEXT_PORT,
             Role::InboundHbone => HBONE_PORT,
-            Role::Dns => return Ok(Vec::new()),
+            Role::Dns => DNS_PORT,
         };
         Ok(vec![self.listener(role, port)?])
     }
 
+    fn udp(&self, role: Role) -> io::Result<Vec<UdpSocket>> {
+        if role != Role::Dns {
+            return Ok(Vec::new());
+        }
+        let socket = self.socket_in_pod(Domain::IPV4, Protocol::UDP)?;
+        self.bind(&socket, SocketAddr::from((Ipv4Addr::LOCALHOST, DNS_PORT)))?;
+        Ok(vec![UdpSocket::from_std(socket.into())?])
+    }
+
+    fn datagram(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = self.socket_in_pod(Domain::for_address(to), Protocol::UDP)?;
+        UdpSocket::from_std(socket.into())
+    }
+
     fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
-        let socket = self.socket_in_pod(Domain::for_address(to))?;
+        let socket = self.socket_in_pod(Domain::for_address(to), Protocol::TCP)?;
         // The pod's own address is what the namespace gives anyway; only a client's has to be put on.
         if let OnBehalfOf::RemoteClient(client) = who
             && spoofs(client, to.ip())

@@ -78,7 +78,14 @@ impl Agent {
         let _alone = self.setting_up.lock().await;
         self.refuse_after_undo()?;
         let overlay = resolve_overlay(self.config.variant.overlay).await;
-        let setup = facts(&self.host, connection, proxy, overlay).await?;
+        let setup = facts(
+            &self.host,
+            connection,
+            proxy,
+            overlay,
+            self.config.dns_capture,
+        )
+        .await?;
         let proxy_place = Place {
             label: "proxy".to_owned(),
             netns: setup.proxy.clone(),
@@ -111,6 +118,7 @@ async fn facts(
     connection: ConnectionId,
     proxy: Netns,
     overlay: OverlayKind,
+    dns: bool,
 ) -> anyhow::Result<NodeSetup> {
     let in_proxy = Netlink::connect(&proxy).await?;
     let on_host = Netlink::connect(host).await?;
@@ -161,6 +169,7 @@ async fn facts(
                 .iter()
                 .any(|route| route.table == MAIN_TABLE && route.dst.prefix_len() == 0),
             ipv6: has_ipv6(host),
+            dns,
         },
         proxy_facts: ProxyFacts {
             proxy_ip,
@@ -169,6 +178,7 @@ async fn facts(
             overlay,
             port: OVERLAY_PORT,
             mtu,
+            dns,
         },
         proxy,
     })

@@ -46,6 +46,7 @@ impl Agent {
                     uid: pod.uid.clone(),
                     ip: address,
                     ipv6: has_ipv6(&netns),
+                    dns: self.config.dns_capture,
                 };
                 let place = Place {
                     label: format!("pod {}", pod.qualified_name()),

@@ -11,6 +11,7 @@ use super::Failure;
 use crate::agent::{self, AgentConfig};
 use crate::logging;
 use crate::options::CaptureArgs;
+use crate::options::field::FieldArgs;
 use crate::proxy::{self, ProxyConfig};
 use crate::run_dir::{RunDir, state_dir};
 
@@ -21,6 +22,18 @@ pub(crate) struct AgentArgs {
     /// Unix socket on which the proxy is expected (default: ztunnel.sock in the run directory)
     #[arg(long, env = "ZTUNNEL_UDS_ADDRESS", value_name = "PATH")]
     zds_socket: Option<PathBuf>,
+    /// Capture the pods' DNS queries too; the proxy answers them
+    #[arg(
+        long,
+        env = "AMBIENT_DNS_CAPTURE",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t = false,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    dns_capture: bool,
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
@@ -29,6 +42,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
     let config = AgentConfig {
         mode: args.capture.mode,
         variant: args.capture.variant,
+        dns_capture: args.dns_capture,
         zds_socket: args
             .zds_socket
             .unwrap_or_else(|| run_dir.zds("ZTUNNEL_UDS_ADDRESS")),
@@ -62,29 +76,23 @@ pub(crate) struct ProxyArgs {
     /// Trust domain of the mesh
     #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
-    /// Lifetime of workload certificates, in seconds
-    #[arg(long, env = "AMBIDEX_CERT_TTL_SECONDS", default_value_t = 86_400)]
-    cert_ttl_seconds: u64,
-    /// How long connections may go on after SIGTERM, in seconds
-    #[arg(long, env = "AMBIDEX_DRAIN_SECONDS", default_value_t = 5)]
-    drain_seconds: u64,
+    /// Lifetime of workload certificates, in seconds; wins over SECRET_TTL
+    #[arg(long, env = "AMBIDEX_CERT_TTL_SECONDS")]
+    cert_ttl_seconds: Option<u64>,
+    /// How long connections may go on after SIGTERM, in seconds; wins over CONNECTION_TERMINATION_DEADLINE
+    #[arg(long, env = "AMBIDEX_DRAIN_SECONDS")]
+    drain_seconds: Option<u64>,
+    #[command(flatten)]
+    field: FieldArgs,
+    /// Print the settings in force as JSON and end
+    #[arg(long)]
+    show_config: bool,
     /// Name of the network that addresses without one belong to
     #[arg(long, env = "NETWORK", default_value = "")]
     network: String,
     /// Name of this cluster
     #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
     cluster_id: String,
-    /// Tell peers in the answer to a CONNECT who the destination is
-    #[arg(
-        long,
-        env = "ENABLE_RESPONSE_BAGGAGE",
-        default_value_t = false,
-        action = clap::ArgAction::Set,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true"
-    )]
-    response_baggage: bool,
     /// Worker threads (default: one per core, at least two)
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
     worker_threads: Option<usize>,
@@ -100,6 +108,7 @@ pub(crate) struct ProxyArgs {
 }
 
 pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
+    args.field.check()?;
     let log = logging::start()?;
     let config = ProxyConfig {
         zds_socket: args
@@ -108,15 +117,25 @@ pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
         local_xds: args.local_xds,
         ca_dir: args.ca_dir,
         trust_domain: args.trust_domain,
-        cert_ttl: Duration::from_secs(args.cert_ttl_seconds),
-        drain: Duration::from_secs(args.drain_seconds),
+        cert_ttl: args
+            .cert_ttl_seconds
+            .map_or(args.field.secret_ttl, Duration::from_secs),
+        drain: args
+            .drain_seconds
+            .map_or_else(|| args.field.drain(), Duration::from_secs),
+        field: args.field,
         network: args.network,
         cluster_id: args.cluster_id,
-        response_baggage: args.response_baggage,
         admin: args.admin,
         metrics: args.metrics,
         readiness: args.readiness,
     };
+    if args.show_config {
+        let mut in_force = proxy::in_force(&config);
+        in_force["workerThreads"] = args.worker_threads.into();
+        println!("{in_force:#}");
+        return Ok(());
+    }
     proxy_runtime(args.worker_threads)?.block_on(proxy::run(config, log))?;
     Ok(())
 }

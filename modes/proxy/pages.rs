@@ -36,6 +36,8 @@ pub(super) struct Sources<'a> {
     pub(super) certificates: &'a Arc<Certificates>,
     pub(super) workloads: &'a Arc<Workloads>,
     pub(super) telemetry: &'a Arc<Telemetry>,
+    /// The settings, which do not change.
+    pub(super) in_force: Value,
 }
 
 /// Starts the three servers on their own thread. They stop when the result is dropped.
@@ -71,6 +73,7 @@ pub(super) fn start(
     let certificates = Arc::clone(sources.certificates);
     let workloads = Arc::clone(sources.workloads);
     let quit = Arc::clone(quit);
+    let in_force = sources.in_force.clone();
     let pages = Admin::new(Arc::clone(sources.telemetry), readiness)
         .section("workloads", move || list(workloads_of.load().workloads()))
         .section("services", move || list(services_of.load().services()))
@@ -78,6 +81,7 @@ pub(super) fn start(
         .section("certificates", move || {
             certificates.list().iter().map(certificate).collect()
         })
+        .section("config", move || in_force.clone())
         .section("workloadState", move || workloads.state())
         .logging(log)
         .on_shutdown(move || quit.notify_one());

@@ -17,7 +17,7 @@ use host_net::plan::{
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 use shared_proxy::capture::{
-    HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, SAME_NODE_HBONE_PORT,
+    DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, SAME_NODE_HBONE_PORT,
 };
 
 use crate::facts::*;
@@ -88,6 +88,8 @@ pub struct HostFacts {
     pub main_has_default_route: bool,
     /// Whether the node has IPv6.
     pub ipv6: bool,
+    /// Whether the pods' DNS queries are captured.
+    pub dns: bool,
 }
 
 /// What the plan for the proxy's namespace has to know.
@@ -105,6 +107,8 @@ pub struct ProxyFacts {
     pub port: u16,
     /// MTU of the tunnels.
     pub mtu: u32,
+    /// Whether the pods' DNS queries are captured.
+    pub dns: bool,
 }
 
 /// What a captured pod's plan on the node has to know.

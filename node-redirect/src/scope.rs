@@ -14,12 +14,12 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use host_net::netns::Netns;
 use host_net::plan::MarkMatch;
 use shared_proxy::capture::{
-    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload, OUTBOUND_PORT,
-    OnBehalfOf, OrigDstAddr, Refusal, Role, SAME_NODE_HBONE_PORT, Scope, ScopeId,
+    ClientAddr, DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload,
+    OUTBOUND_PORT, OnBehalfOf, OrigDstAddr, Refusal, Role, SAME_NODE_HBONE_PORT, Scope, ScopeId,
 };
 use shared_proxy::ports::{self, SourcePorts};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, UdpSocket};
 
 use crate::facts::{
     MARK_SAME_NODE, MARK_SOCKET_INBOUND, MARK_SOCKET_OUTBOUND, TUNNEL_IN, TUNNEL_OUT,
@@ -181,7 +181,7 @@ impl NodeScope {
     fn answer_mark(&self, role: Role) -> Option<MarkMatch> {
         match (self.flow, role) {
             (Flow::Hybrid, _) => None,
-            (Flow::Tunnel, Role::Outbound) => Some(MARK_SOCKET_OUTBOUND),
+            (Flow::Tunnel, Role::Outbound | Role::Dns) => Some(MARK_SOCKET_OUTBOUND),
             (Flow::Tunnel, _) => Some(MARK_SOCKET_INBOUND),
         }
     }
@@ -238,8 +238,28 @@ impl Scope for NodeScope {
                 }
                 Ok(listeners)
             }
-            Role::Dns => Ok(Vec::new()),
+            Role::Dns => Ok(vec![self.listener(role, DNS_PORT, mark)?]),
         }
+    }
+
+    /// Queries come to the proxy's own address, by a rewriting on the node that is undone for the answers.
+    fn udp(&self, role: Role) -> io::Result<Vec<UdpSocket>> {
+        if role != Role::Dns {
+            return Ok(Vec::new());
+        }
+        let socket = self.netns.run(|| udp_socket(Domain::IPV4))??;
+        socket.set_reuse_address(true)?;
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DNS_PORT));
+        socket
+            .bind(&SockAddr::from(address))
+            .map_err(|error| named(error, format!("UDP {address} in {:?}", self.netns)))?;
+        Ok(vec![UdpSocket::from_std(socket.into())?])
+    }
+
+    /// With the proxy's own address, which every route leads back to.
+    fn datagram(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = self.netns.run(|| udp_socket(Domain::for_address(to)))??;
+        UdpSocket::from_std(socket.into())
     }
 
     fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
@@ -278,6 +298,14 @@ fn tcp_socket(domain: Domain) -> io::Result<Socket> {
         domain,
         Type::STREAM.nonblocking().cloexec(),
         Some(Protocol::TCP),
+    )
+}
+
+fn udp_socket(domain: Domain) -> io::Result<Socket> {
+    Socket::new(
+        domain,
+        Type::DGRAM.nonblocking().cloexec(),
+        Some(Protocol::UDP),
     )
 }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 
 /// Port of captured outbound traffic (the field's number).
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -153,6 +153,25 @@ pub trait Scope: fmt::Debug + Send + Sync + 'static {
     /// An unconnected socket to `to` that speaks with the address of `who`. The caller connects it; on `EADDRNOTAVAIL`
     /// (the chosen source port is in use towards that destination) it asks for another one.
     fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket>;
+
+    /// Bound datagram sockets for a role. Empty, the default, when this capture does not serve the role over UDP. An answer
+    /// goes out of the socket that its query came in by.
+    fn udp(&self, role: Role) -> io::Result<Vec<UdpSocket>> {
+        let _ = role;
+        Ok(Vec::new())
+    }
+
+    /// A datagram socket for the proxy's own queries to `to` about a captured pod's query. Its traffic is not captured,
+    /// and answers find their way back to it; which address it speaks with is the capture's choice. The caller connects it.
+    ///
+    /// # Errors
+    /// `Unsupported`, the default, from a capture without UDP.
+    fn datagram(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("{} has no datagram sockets: {to}", self.id()),
+        ))
+    }
 
     /// The pod at `dst` if connections to it are handed over inside this process instead of through a tunnel
     /// (upstream's same-node short cut). The default is never.

@@ -28,6 +28,8 @@ pub(crate) use enforce::Admitted;
 pub use resolve::{Resolve, SystemResolver};
 
 use crate::capture::{Listener, Role, Scope, ScopeId};
+use crate::dns::DnsMetrics;
+use crate::dns::serve::Server as DnsServer;
 use crate::drain::{Drain, Drainer};
 use crate::hbone::client::{Tunnel, TunnelError};
 use crate::identity::Certificates;
@@ -35,7 +37,7 @@ use crate::pool::{Pool, PoolKey};
 use crate::state::Store;
 use crate::telemetry::{ConnectionInfo, Telemetry};
 
-/// The roles that are served by TCP listeners of a scope.
+/// The roles that every scope serves.
 const ROLES: [Role; 3] = [Role::Outbound, Role::InboundPlaintext, Role::InboundHbone];
 
 /// The proxy. Cheap to clone; clones are the same proxy.
@@ -51,6 +53,7 @@ pub(crate) struct Shared {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) telemetry: Arc<Telemetry>,
     pub(crate) pool: Pool<PoolKey, Tunnel, TunnelError>,
+    dns_metrics: DnsMetrics,
     admissions: enforce::Admissions,
     attachments: Mutex<HashMap<u64, Drainer>>,
     next_attachment: AtomicU64,
@@ -105,12 +108,15 @@ impl Core {
         telemetry: Arc<Telemetry>,
     ) -> Self {
         let pool = Pool::new(config.pool.clone());
+        let dns_metrics = DnsMetrics::default();
+        telemetry.register(|registry| dns_metrics.register(registry));
         let shared = Arc::new(Shared {
             config,
             store,
             certificates,
             telemetry,
             pool,
+            dns_metrics,
             admissions: enforce::Admissions::default(),
             attachments: Mutex::default(),
             next_attachment: AtomicU64::new(1),
@@ -135,20 +141,29 @@ impl Core {
     /// The scope cannot listen, or the proxy is shutting down.
     pub async fn attach(&self, scope: Arc<dyn Scope>) -> Result<Attached, AttachError> {
         let id = scope.id().clone();
+        let listen_error = |role, source| AttachError::Listen {
+            scope: id.clone(),
+            role,
+            source,
+        };
+        let dns_config = self.shared.config.dns.clone();
+        let dns_role = dns_config.is_some().then_some(Role::Dns);
         let mut listeners = Vec::new();
-        for role in ROLES {
+        for role in ROLES.into_iter().chain(dns_role) {
             let bound = scope.listen(role).and_then(|bound| {
                 for listener in &bound {
                     self.set_options(listener)?;
                 }
                 Ok(bound)
             });
-            listeners.extend(bound.map_err(|source| AttachError::Listen {
-                scope: id.clone(),
-                role,
-                source,
-            })?);
+            listeners.extend(bound.map_err(|source| listen_error(role, source))?);
         }
+        let datagrams = match dns_role {
+            Some(role) => scope
+                .udp(role)
+                .map_err(|source| listen_error(role, source))?,
+            None => Vec::new(),
+        };
         let number = self.shared.next_attachment.fetch_add(1, Ordering::Relaxed);
         let drainer = Drainer::new();
         {
@@ -164,13 +179,26 @@ impl Core {
             scope,
             number,
         };
-        let listeners = listeners
+        let dns = dns_config.map(|config| {
+            DnsServer::new(attachment.clone(), config, self.shared.dns_metrics.clone())
+        });
+        let mut listeners: Vec<_> = listeners
             .into_iter()
             .map(|listener| {
                 let signal = drainer.signal();
-                tokio::spawn(accept::run(attachment.clone(), listener, signal))
+                let dns = dns.clone().filter(|_| listener.role() == Role::Dns);
+                tokio::spawn(accept::run(attachment.clone(), dns, listener, signal))
             })
             .collect();
+        if let Some(dns) = dns {
+            listeners.extend(datagrams.into_iter().map(|socket| {
+                tokio::spawn(crate::dns::serve::udp(
+                    dns.clone(),
+                    socket,
+                    drainer.signal(),
+                ))
+            }));
+        }
         Ok(Attached {
             shared: self.shared.clone(),
             id,
@@ -214,10 +242,7 @@ impl Core {
     fn set_options(&self, listener: &Listener) -> io::Result<()> {
         let socket = listener.as_socket();
         socket.set_tcp_nodelay(true)?;
-        if let Some(keepalive) = &self.shared.config.keepalive {
-            socket.set_tcp_keepalive(&keepalive.to_socket())?;
-        }
-        Ok(())
+        self.shared.config.set_liveness(&socket)
     }
 }
 

@@ -16,7 +16,7 @@ pub use authority::{CaError, CertificateAuthority};
 pub use certificate::{ALPN_H2, CertificateError, WorkloadCertificate};
 pub use local_ca::{DEFAULT_LEAF_TTL, LocalCa, LocalCaError, ROOT_VALIDITY, SigningError};
 pub use manager::{CertificateInfo, CertificateState, Certificates, RefreshPolicy};
-pub use provider::provider;
+pub use provider::{PostQuantumError, provider, require_post_quantum};
 pub use spiffe::{DEFAULT_TRUST_DOMAIN, Identity, InvalidIdentity};
 pub use verify::{PeerError, peer_identity};
 

@@ -2,12 +2,13 @@
 //!
 //! Read a connection top to bottom: [`capture`] (the seam through which it arrives) → [`core`] (listeners of a scope) →
 //! [`outbound`] or [`inbound`] → [`pool`] and [`hbone`] (HTTP/2 CONNECT over mutual TLS) → [`relay`] (bytes both ways).
-//! Beside it: [`state`] (workloads, services, policies), [`identity`] (certificates and their checks), [`tls_stream`],
+//! Beside it: [`dns`] (the queries of captured pods), [`state`] (workloads, services, policies), [`identity`] (certificates and their checks), [`tls_stream`],
 //! [`telemetry`].
 #![forbid(unsafe_code)]
 
 pub mod capture;
 pub mod core;
+pub mod dns;
 pub mod drain;
 pub mod hbone;
 pub mod identity;

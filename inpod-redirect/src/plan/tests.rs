@@ -9,6 +9,7 @@ fn facts() -> PodFacts {
         uid: "1e054806-e667-4109-a5af-08b3e6ba0c42".to_owned(),
         ip: Ipv4Addr::new(10, 244, 1, 5),
         ipv6: true,
+        dns: false,
     }
 }
 
@@ -22,6 +23,16 @@ fn pod_in_every_phase() {
     snapshot("pod_active", &pod(&facts(), Phase::Active));
     snapshot("pod_draining", &pod(&facts(), Phase::Draining));
     assert_eq!(pod(&facts(), Phase::Absent).steps, []);
+}
+
+#[test]
+fn with_dns() {
+    let facts = PodFacts {
+        dns: true,
+        ..facts()
+    };
+    snapshot("pod_dns_active", &pod(&facts, Phase::Active));
+    snapshot("pod_dns_draining", &pod(&facts, Phase::Draining));
 }
 
 #[test]

@@ -80,7 +80,7 @@ async fn listeners_are_in_the_pod_marked_and_shared_with_a_second_proxy() {
             ports.push(listener.port());
         }
     }
-    assert_eq!(ports, [15001, 15006, 15008]);
+    assert_eq!(ports, [15001, 15006, 15008, 15053]);
 }
 
 /// What the socket is bound to.

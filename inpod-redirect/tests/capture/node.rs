@@ -256,6 +256,7 @@ fn facts(pod: Pod) -> PodFacts {
         uid: format!("uid-{}", pod.netns),
         ip: pod.ip,
         ipv6: true,
+        dns: false,
     }
 }
 

@@ -52,10 +52,39 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
         chain(Table::Mangle, OUTPUT, "OUTPUT", host_output(flow)),
         // No rewriting of a service's address before the proxy has seen it, no masquerading towards the proxy, and no
         // rejecting of a service without local endpoints.
-        chain(Table::Nat, PREROUTING, "PREROUTING", accept()),
-        chain(Table::Nat, POSTROUTING, "POSTROUTING", accept()),
+        chain(
+            Table::Nat,
+            PREROUTING,
+            "PREROUTING",
+            [accept(), dns_to_proxy(facts)].concat(),
+        ),
+        chain(
+            Table::Nat,
+            POSTROUTING,
+            "POSTROUTING",
+            [accept(), dns_keeps_its_source(facts)].concat(),
+        ),
         chain(Table::Filter, FORWARD, "FORWARD", accept()),
     ]
+}
+
+/// Queries by UDP are led to the proxy's own address: a datagram says whom it came from, but not whom it was meant for, and
+/// the proxy need not know that. Answers are translated back by conntrack. Queries by TCP are captured as any connection.
+fn dns_to_proxy(facts: &HostFacts) -> Vec<String> {
+    let rule = format!(
+        "-p udp -m udp --dport 53 -m set --match-set {PODS_SET} src -j DNAT --to-destination {}:{DNS_PORT}",
+        facts.proxy_ip
+    );
+    facts.dns.then_some(rule).into_iter().collect()
+}
+
+/// The proxy tells pods apart by their address.
+fn dns_keeps_its_source(facts: &HostFacts) -> Vec<String> {
+    let rule = format!(
+        "-d {}/32 -p udp -m udp --dport {DNS_PORT} -m set --match-set {PODS_SET} src -j ACCEPT",
+        facts.proxy_ip
+    );
+    facts.dns.then_some(rule).into_iter().collect()
 }
 
 fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
@@ -205,6 +234,14 @@ pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
         format!("! -d {zip}/32 -i {device} -p tcp {to_returning}"),
         format!("! -d {zip}/32 -i {device} -p icmp {to_returning}"),
     ];
+    if facts.dns {
+        // Before the rule for all of this tunnel.
+        let by_tcp = format!(
+            "-i {tunnel_out} -p tcp -m tcp --dport 53 {}",
+            tproxy(DNS_PORT, MARK_TPROXY)
+        );
+        rules.insert(0, by_tcp);
+    }
     if flow == Flow::Tunnel {
         for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
             rules.push(format!(

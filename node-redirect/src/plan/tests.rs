@@ -15,6 +15,7 @@ fn host_facts() -> HostFacts {
         mtu: 1450,
         main_has_default_route: true,
         ipv6: true,
+        dns: false,
     }
 }
 
@@ -26,6 +27,7 @@ fn proxy_facts() -> ProxyFacts {
         overlay: OverlayKind::Geneve,
         port: OVERLAY_PORT,
         mtu: 1450,
+        dns: false,
     }
 }
 
@@ -50,6 +52,30 @@ fn snapshot(name: &str, plan: &Plan) {
 fn host_and_proxy_in_both_flows(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
     snapshot(&format!("host_{flow}"), &host(&host_facts(), flow));
     snapshot(&format!("proxy_{flow}"), &proxy(&proxy_facts(), flow));
+}
+
+/// What the capture of DNS adds, and nothing else.
+#[rstest]
+fn dns_in_both_flows(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
+    let commands = |dns| {
+        let (mut on_host, mut in_proxy) = (host_facts(), proxy_facts());
+        (on_host.dns, in_proxy.dns) = (dns, dns);
+        [host(&on_host, flow), proxy(&in_proxy, flow)].map(|plan| as_commands(&plan))
+    };
+    let (without, with) = (commands(false), commands(true));
+    let mut added = Vec::new();
+    for (without, with) in without.iter().zip(&with) {
+        added.extend(
+            with.iter()
+                .filter(|command| !without.contains(command))
+                .cloned(),
+        );
+        assert!(without.iter().all(|command| with.contains(command)));
+    }
+    insta::assert_snapshot!("dns", added.join("\n"));
+    let of_tunnel = |command: &&String| command.contains("-i pistioout -p tcp");
+    let order: Vec<_> = with[1].iter().filter(of_tunnel).collect();
+    assert!(order[0].contains("--on-port 15053"), "{order:?}");
 }
 
 #[test]

@@ -68,9 +68,9 @@ fn a_reused_address_belongs_to_the_pod_announced_last() {
 }
 
 #[rstest]
-#[case(Flow::Hybrid, SameNode::Hbone, &[(15001, 0), (15006, 0), (15008, 0), (15088, 0x404)])]
-#[case(Flow::Tunnel, SameNode::Hbone, &[(15001, 0x401), (15006, 0x402), (15008, 0x402), (15088, 0x404)])]
-#[case(Flow::Tunnel, SameNode::Direct, &[(15001, 0x401), (15006, 0x402), (15008, 0x402)])]
+#[case(Flow::Hybrid, SameNode::Hbone, &[(15001, 0), (15006, 0), (15008, 0), (15088, 0x404), (15053, 0)])]
+#[case(Flow::Tunnel, SameNode::Hbone, &[(15001, 0x401), (15006, 0x402), (15008, 0x402), (15088, 0x404), (15053, 0x401)])]
+#[case(Flow::Tunnel, SameNode::Direct, &[(15001, 0x401), (15006, 0x402), (15008, 0x402), (15053, 0x401)])]
 #[tokio::test]
 async fn listeners_carry_the_mark_that_leads_answers_back(
     #[case] flow: Flow,

@@ -421,6 +421,7 @@ fn host_facts(node: Pod, proxy: Pod) -> HostFacts {
         mtu: MTU,
         main_has_default_route: true,
         ipv6: true,
+        dns: false,
     }
 }
 
@@ -432,6 +433,7 @@ fn proxy_facts(node: Pod, proxy: Pod) -> ProxyFacts {
         overlay: OverlayKind::Vxlan,
         port: 6081,
         mtu: MTU,
+        dns: false,
     }
 }
 

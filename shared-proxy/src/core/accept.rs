@@ -7,6 +7,7 @@ use futures_util::FutureExt;
 
 use super::Attachment;
 use crate::capture::{Captured, Listener, Role};
+use crate::dns::serve::Server as DnsServer;
 use crate::drain::Signal;
 use crate::{inbound, outbound};
 
@@ -17,7 +18,12 @@ const LOG_EVERY: Duration = Duration::from_secs(5);
 
 /// Accepts until told to drain, and closes the listener then. No error ends it. What waits in the listener's queue at the
 /// end is taken, too: the kernel would reset it, also when another proxy listens on the same port.
-pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Signal) {
+pub(super) async fn run(
+    attachment: Attachment,
+    dns: Option<DnsServer>,
+    listener: Listener,
+    signal: Signal,
+) {
     let role = listener.role();
     let mut errors = ErrorLog::default();
     loop {
@@ -27,7 +33,7 @@ pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Sign
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok(captured) => serve(&attachment, role, captured, signal.clone()),
+            Ok(captured) => serve(&attachment, dns.as_ref(), role, captured, signal.clone()),
             Err(error) => {
                 errors.add(&attachment, &listener, &error);
                 if !concerns_one_connection(&error) {
@@ -39,13 +45,19 @@ pub(super) async fn run(attachment: Attachment, listener: Listener, signal: Sign
     // Once more after the driver has looked at the socket: what has just come is not known before.
     for _ in 0..2 {
         while let Some(Ok(captured)) = listener.accept().now_or_never() {
-            serve(&attachment, role, captured, signal.clone());
+            serve(&attachment, dns.as_ref(), role, captured, signal.clone());
         }
         tokio::task::yield_now().await;
     }
 }
 
-fn serve(attachment: &Attachment, role: Role, captured: Captured, signal: Signal) {
+fn serve(
+    attachment: &Attachment,
+    dns: Option<&DnsServer>,
+    role: Role,
+    captured: Captured,
+    signal: Signal,
+) {
     let attachment = attachment.clone();
     match role {
         Role::Outbound => {
@@ -57,8 +69,11 @@ fn serve(attachment: &Attachment, role: Role, captured: Captured, signal: Signal
         Role::InboundHbone => {
             tokio::spawn(crate::hbone::server::serve(attachment, captured, signal));
         }
-        // Not among the roles that are listened for.
-        Role::Dns => {}
+        Role::Dns => {
+            if let Some(dns) = dns.cloned() {
+                tokio::spawn(crate::dns::serve::tcp(dns, captured, signal));
+            }
+        }
     }
 }
 

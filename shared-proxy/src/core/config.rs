@@ -1,9 +1,11 @@
 //! Numbers and names that an operator may set. Nothing here knows a capture mode.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::resolve::{Resolve, SystemResolver};
+use crate::dns::DnsConfig;
 use crate::hbone::HboneConfig;
 use crate::pool::PoolConfig;
 
@@ -31,7 +33,7 @@ impl Default for Keepalive {
 }
 
 impl Keepalive {
-    pub(super) fn to_socket(&self) -> socket2::TcpKeepalive {
+    fn to_socket(&self) -> socket2::TcpKeepalive {
         socket2::TcpKeepalive::new()
             .with_time(self.time)
             .with_interval(self.interval)
@@ -59,13 +61,29 @@ pub struct CoreConfig {
     pub response_baggage: bool,
     /// TCP keepalive, on accepted and on dialled connections; `None` turns it off.
     pub keepalive: Option<Keepalive>,
+    /// How long data may stay unacknowledged before the connection counts as dead (`TCP_USER_TIMEOUT`); `None` leaves it to
+    /// the kernel.
+    pub user_timeout: Option<Duration>,
     /// HTTP/2 of the tunnels.
     pub hbone: HboneConfig,
     /// Reuse of the tunnels.
     pub pool: PoolConfig,
+    /// The DNS proxy; without one, no scope has its listeners.
+    pub dns: Option<Arc<DnsConfig>>,
 }
 
 impl CoreConfig {
+    /// Sets what finds dead connections.
+    pub(super) fn set_liveness(&self, socket: &socket2::SockRef<'_>) -> io::Result<()> {
+        if let Some(keepalive) = &self.keepalive {
+            socket.set_tcp_keepalive(&keepalive.to_socket())?;
+        }
+        if let Some(timeout) = self.user_timeout {
+            socket.set_tcp_user_timeout(Some(timeout))?;
+        }
+        Ok(())
+    }
+
     /// Defaults for a trust domain.
     pub fn new(trust_domain: impl Into<Arc<str>>) -> Self {
         Self {
@@ -86,8 +104,10 @@ impl Default for CoreConfig {
             resolver: Arc::new(SystemResolver),
             response_baggage: false,
             keepalive: Some(Keepalive::default()),
+            user_timeout: None,
             hbone: HboneConfig::default(),
             pool: PoolConfig::default(),
+            dns: None,
         }
     }
 }

@@ -105,9 +105,7 @@ async fn connect(
             .socket(to, who)
             .and_then(|socket| {
                 socket.set_nodelay(true)?;
-                if let Some(keepalive) = &config.keepalive {
-                    SockRef::from(&socket).set_tcp_keepalive(&keepalive.to_socket())?;
-                }
+                config.set_liveness(&SockRef::from(&socket))?;
                 Ok(socket)
             })
             .map_err(|source| DialError::Socket { to, who, source })?;

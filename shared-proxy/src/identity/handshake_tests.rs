@@ -381,6 +381,44 @@ fn chacha_is_refused() {
     assert!(error.contains("NoCipherSuitesInCommon"), "{error}");
 }
 
+/// With the restriction both ends agree on the hybrid of X25519 and ML-KEM, against an end without it as well, and an end
+/// that has only classical groups is refused.
+#[cfg(feature = "tls-aws-lc")]
+#[test]
+fn post_quantum_only() {
+    use super::provider::make;
+    use rustls::NamedGroup;
+
+    let ca = TestCa::new();
+    let strict_server = {
+        let config = ServerConfig::builder_with_provider(Arc::new(make(true)))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(ca.presenter(&[BOB], in_an_hour()));
+        Arc::new(config)
+    };
+    let client = |suites| Arc::new(lax_client(suites, &rustls::version::TLS13));
+    let agreed = |done: &Outcome| {
+        let group = done.server.negotiated_key_exchange_group();
+        group.map(|group| group.name())
+    };
+    for (client_suites, server) in [
+        (make(true), Arc::clone(&strict_server)),
+        (make(false), Arc::clone(&strict_server)),
+        (make(true), ca.certificate(BOB).server_config()),
+    ] {
+        let done = handshake(client(client_suites), server);
+        assert_eq!(agreed(&done), Some(NamedGroup::X25519MLKEM768));
+    }
+    let mut classical = make(false);
+    classical
+        .kx_groups
+        .retain(|group| group.name() == NamedGroup::X25519);
+    let error = handshake(client(classical), strict_server).server_error();
+    assert!(error.contains("NoKxGroupsInCommon"), "{error}");
+}
+
 #[test]
 fn a_client_that_does_not_speak_h2_is_refused() {
     let ca = TestCa::new();

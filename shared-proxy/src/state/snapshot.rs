@@ -25,11 +25,15 @@ pub struct Snapshot {
     pub(super) by_address: PersistentMap<NetworkAddress, Holders<Workload>>,
     pub(super) by_vip: PersistentMap<NetworkAddress, Holders<Service>>,
     pub(super) endpoints: PersistentMap<NamespacedHostname, Arc<Vec<Arc<Workload>>>>,
+    /// By hostname in lower case.
+    pub(super) services_by_name: PersistentMap<Arc<str>, Holders<Service>>,
+    /// By hostname in lower case.
+    pub(super) workloads_by_name: PersistentMap<Arc<str>, Holders<Workload>>,
     /// Policies that apply to a namespace; those that apply to all are under the empty one.
     pub(super) by_namespace: PersistentMap<Arc<str>, Arc<Vec<Arc<Policy>>>>,
 }
 
-/// The objects that have an address, the one that came last at the end. Nearly always there is one.
+/// The objects that have an address or a hostname, the one that came last at the end. Nearly always there is one.
 #[derive(Debug)]
 pub(super) enum Holders<T> {
     /// One.
@@ -55,9 +59,9 @@ impl<T> Holders<T> {
         }
     }
 
-    pub(super) fn add(
-        index: &mut PersistentMap<NetworkAddress, Self>,
-        address: NetworkAddress,
+    pub(super) fn add<K: Hash + Eq + Clone>(
+        index: &mut PersistentMap<K, Self>,
+        address: K,
         object: &Arc<T>,
     ) {
         // Taken out, so that a list that nobody shares grows in place.
@@ -81,9 +85,9 @@ impl<T> Holders<T> {
         index.insert(address, holders);
     }
 
-    pub(super) fn remove(
-        index: &mut PersistentMap<NetworkAddress, Self>,
-        address: &NetworkAddress,
+    pub(super) fn remove<K: Hash + Eq + Clone>(
+        index: &mut PersistentMap<K, Self>,
+        address: &K,
         object: &Arc<T>,
     ) {
         let Some(Self::Several(mut several)) = index.remove(address) else {
@@ -298,6 +302,19 @@ impl Snapshot {
     /// The service with a key.
     pub fn service(&self, key: &NamespacedHostname) -> Option<Arc<Service>> {
         self.services.get(key).cloned()
+    }
+
+    /// The services of a hostname, at most one of each namespace. The name is in lower case.
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.services_by_name
+            .get(hostname)
+            .map_or(&[], Holders::as_slice)
+    }
+
+    /// The workload that has a hostname. The name is in lower case.
+    pub fn workload_named(&self, hostname: &str) -> Option<Arc<Workload>> {
+        let named = self.workloads_by_name.get(hostname)?;
+        named.as_slice().last().cloned()
     }
 
     /// The workloads that say they are endpoints of a service, healthy or not.

@@ -93,6 +93,9 @@ impl Snapshot {
         for address in workload.network_addresses() {
             Holders::add(&mut self.by_address, address, &workload);
         }
+        if let Some(name) = index_of(&workload.hostname) {
+            Holders::add(&mut self.workloads_by_name, name, &workload);
+        }
         for service in workload.services.keys() {
             endpoints.note(service, &workload.uid, Some(&workload));
         }
@@ -102,6 +105,9 @@ impl Snapshot {
     fn withdraw_workload(&mut self, workload: &Arc<Workload>, endpoints: &mut EndpointChanges) {
         for address in workload.network_addresses() {
             Holders::remove(&mut self.by_address, &address, workload);
+        }
+        if let Some(name) = index_of(&workload.hostname) {
+            Holders::remove(&mut self.workloads_by_name, &name, workload);
         }
         for service in workload.services.keys() {
             endpoints.note(service, &workload.uid, None);
@@ -120,12 +126,18 @@ impl Snapshot {
         for vip in &service.vips {
             Holders::add(&mut self.by_vip, vip.clone(), &service);
         }
+        if let Some(name) = index_of(&service.hostname) {
+            Holders::add(&mut self.services_by_name, name, &service);
+        }
         self.services.insert(key, service);
     }
 
     fn withdraw_service(&mut self, service: &Arc<Service>) {
         for vip in &service.vips {
             Holders::remove(&mut self.by_vip, vip, service);
+        }
+        if let Some(name) = index_of(&service.hostname) {
+            Holders::remove(&mut self.services_by_name, &name, service);
         }
     }
 
@@ -190,6 +202,17 @@ fn reach(policy: &Policy) -> Option<Arc<str>> {
         PolicyScope::Global => Some("".into()),
         PolicyScope::Namespace => Some(Arc::clone(&policy.namespace)),
         PolicyScope::WorkloadSelector => None,
+    }
+}
+
+/// The key of a hostname. Most have it already.
+fn index_of(hostname: &Arc<str>) -> Option<Arc<str>> {
+    if hostname.is_empty() {
+        None
+    } else if hostname.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Some(hostname.to_ascii_lowercase().into())
+    } else {
+        Some(Arc::clone(hostname))
     }
 }
 

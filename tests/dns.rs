@@ -1,0 +1,265 @@
+//! Captured pods ask for names, with `dig`; the resolver behind the proxy is a real one, outside the cluster.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod harness;
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
+use harness::{Scene, SharedStage, eventually, own, shared_in};
+use lab::standing::{Background, Daemon};
+use lab::topology::workloads::Service;
+use lab::topology::{LabSpec, OUTSIDE, SERVICE_VIP};
+use rstest::rstest;
+
+/// Longest that a `dig` may take.
+const DIG_LIMIT: Duration = Duration::from_secs(30);
+/// Asks for names in namespace alpha; the service of every lab is `echo` in beta.
+const POD: &str = "pod1-1";
+/// A pod in namespace beta.
+const OTHER: &str = "pod1-2";
+
+/// A lab whose pods' queries are captured and whose proxies pass on to the resolver outside.
+fn spec(variant: Variant) -> LabSpec {
+    let mut spec = variant.spec();
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resolv.conf");
+    std::fs::write(&file, format!("nameserver {OUTSIDE}\noptions timeout:2\n")).unwrap();
+    let env = &mut spec.daemon_env;
+    env.insert("AMBIDEX_RESOLV_CONF".into(), file.display().to_string());
+    spec.agent_args.push("--dns-capture".to_owned());
+    spec
+}
+
+/// The resolver, which knows `example.org`, and that nothing else is under `cluster.local`.
+fn resolver(scene: &Scene) -> Background {
+    let mut argv: Vec<String> = [
+        "dnsmasq",
+        "--no-daemon",
+        "--user=root",
+        "--pid-file=",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--log-queries",
+        "--bind-interfaces",
+        "--edns-packet-max=4096",
+        "--local=/example.org/",
+        "--local=/cluster.local/",
+        "--host-record=www.example.org,192.0.2.80,2001:db8::80",
+        "--txt-record=www.example.org,of the outside",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    argv.push(format!("--listen-address={OUTSIDE}"));
+    argv.extend((1..=60).map(|n| format!("--host-record=many.example.org,198.51.100.{n}")));
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let mut resolver = scene.lab.spawn("out", "dnsmasq", &argv).unwrap();
+    resolver
+        .wait_for("started", Duration::from_secs(10))
+        .unwrap();
+    resolver
+}
+
+/// The lab of a variant with its resolver, shared by the scenarios that change nothing.
+fn shared(variant: Variant) -> (Scene, &'static Background) {
+    static STAGES: [OnceLock<SharedStage>; 3] = [const { OnceLock::new() }; 3];
+    static RESOLVERS: [OnceLock<Background>; 3] = [const { OnceLock::new() }; 3];
+    let scene = shared_in(&STAGES[variant as usize], || spec(variant));
+    let resolver = RESOLVERS[variant as usize].get_or_init(|| resolver(&scene));
+    (scene, resolver)
+}
+
+/// What `dig` printed: header comments and answers. The server asked is the resolver itself: the pod knows of no proxy.
+fn dig(scene: &Scene, pod: &str, arguments: &[&str]) -> String {
+    let server = format!("@{OUTSIDE}");
+    let mut argv = vec![
+        "dig",
+        "-r",
+        &server,
+        "+noall",
+        "+comments",
+        "+answer",
+        "+time=5",
+        "+tries=2",
+    ];
+    argv.extend(arguments);
+    let done = scene.lab.run(pod, &argv, DIG_LIMIT).unwrap();
+    format!("{}{}", done.stdout, done.stderr)
+}
+
+/// The answers without their spacing, sorted.
+fn answers(output: &str) -> Vec<String> {
+    let mut lines: Vec<String> = output
+        .lines()
+        .filter(|line| !line.starts_with(';') && line.contains("IN"))
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    lines.sort();
+    lines
+}
+
+fn flags(output: &str) -> Vec<&str> {
+    let line = output.lines().find(|line| line.starts_with(";; flags:"));
+    let (_, flags) = line
+        .unwrap_or_default()
+        .split_once("flags:")
+        .unwrap_or_default();
+    flags
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect()
+}
+
+#[rstest]
+fn names_of_the_mesh(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let (scene, _) = shared(variant);
+    for (pod, name) in [
+        (POD, "echo.beta"),
+        (POD, "echo.beta.svc"),
+        (POD, "ECHO.beta.svc.cluster.local"),
+        (OTHER, "echo"),
+    ] {
+        for transport in ["+notcp", "+tcp"] {
+            let output = dig(&scene, pod, &[name, "A", transport]);
+            let want = [format!("{name}. 30 IN A {SERVICE_VIP}")];
+            assert_eq!(answers(&output), want, "{pod} {transport}: {output}");
+            let flags = flags(&output);
+            assert!(flags.contains(&"aa") && flags.contains(&"ra"), "{output}");
+        }
+    }
+    // With the search domain of its namespace behind it, as a resolver asks first.
+    let searched = "echo.beta.alpha.svc.cluster.local";
+    let output = dig(&scene, POD, &[searched, "A"]);
+    let want = [
+        format!("echo.beta. 30 IN A {SERVICE_VIP}"),
+        format!("{searched}. 30 IN CNAME echo.beta."),
+    ];
+    assert_eq!(answers(&output), want, "{output}");
+    // The name is there, addresses of this family are not. Nor other records, whatever the resolver thinks of the name.
+    for kind in ["AAAA", "MX"] {
+        let output = dig(&scene, POD, &["echo.beta.svc.cluster.local", kind]);
+        assert!(output.contains("status: NOERROR"), "{kind}: {output}");
+        assert_eq!(answers(&output), [""; 0], "{kind}: {output}");
+    }
+    for unknown in ["echo.alpha.svc.cluster.local", "no.example.org"] {
+        let output = dig(&scene, POD, &[unknown, "A"]);
+        assert!(output.contains("status: NXDOMAIN"), "{unknown}: {output}");
+    }
+}
+
+#[rstest]
+fn names_outside_are_passed_on(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let (scene, resolver) = shared(variant);
+    for (transport, kind, want) in [
+        ("+notcp", "A", "A 192.0.2.80"),
+        ("+tcp", "A", "A 192.0.2.80"),
+        ("+notcp", "AAAA", "AAAA 2001:db8::80"),
+        ("+tcp", "TXT", "TXT \"of the outside\""),
+    ] {
+        let output = dig(&scene, POD, &["www.example.org", kind, transport]);
+        let answers = answers(&output);
+        assert!(
+            answers.len() == 1 && answers[0].ends_with(want),
+            "{transport} {kind}: {output}"
+        );
+    }
+    let asked = resolver.output();
+    for kind in ["A", "AAAA", "TXT"] {
+        assert!(
+            asked.contains(&format!("query[{kind}] www.example.org")),
+            "{asked}"
+        );
+    }
+    // What the mesh knows is not asked of others.
+    assert!(!asked.contains("query[A] echo.beta"), "{asked}");
+    let counted = |name: &str| scene.metric(1, name, &[("capture_mode", variant.capture())]);
+    assert!(counted("istio_dns_requests_total") >= 4.0);
+    assert!(counted("istio_dns_upstream_requests_total") >= 4.0);
+    assert!(counted("istio_dns_upstream_request_duration_seconds_count") >= 4.0);
+}
+
+/// Answers are as large as the client says it can take, and no larger than what passes every path; the rest is by TCP.
+#[rstest]
+fn size_of_answers(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let (scene, _) = shared(variant);
+    let service = |name: &str, vips: u8| Service {
+        name: name.to_owned(),
+        namespace: "alpha".to_owned(),
+        hostname: format!("{name}.alpha.svc.cluster.local"),
+        vips: (0..vips).map(|n| format!("/10.96.{vips}.{n}")).collect(),
+        ports: [(80, 8080)].into(),
+    };
+    let _changed = scene.with_state(|state| {
+        state.services.push(service("forty", 40));
+        state.services.push(service("hundred", 100));
+    });
+    for (name, arguments, count) in [
+        ("forty.alpha", &["+noedns"][..], None),
+        ("forty.alpha", &["+bufsize=600"], None),
+        ("forty.alpha", &["+bufsize=1232"], Some(40)),
+        ("hundred.alpha", &["+bufsize=1232"], None),
+        ("hundred.alpha", &["+bufsize=4096"], None),
+        ("hundred.alpha", &["+tcp"], Some(100)),
+        ("many.example.org", &["+noedns"], None),
+        ("many.example.org", &["+bufsize=1232"], Some(60)),
+        ("many.example.org", &["+tcp", "+noedns"], Some(60)),
+    ] {
+        // Without `+ignore` it would come by TCP by itself.
+        let output = dig(&scene, POD, &[&[name, "A", "+ignore"], arguments].concat());
+        let cut = flags(&output).contains(&"tc");
+        assert_eq!(cut, count.is_none(), "{name} {arguments:?}: {output}");
+        if let Some(count) = count {
+            assert_eq!(
+                answers(&output).len(),
+                count,
+                "{name} {arguments:?}: {output}"
+            );
+        }
+        let with_edns = output.contains("EDNS: version: 0");
+        assert_eq!(with_edns, !arguments.contains(&"+noedns"), "{output}");
+    }
+    for name in ["hundred.alpha", "many.example.org"] {
+        let output = dig(&scene, POD, &[name, "A", "+noedns"]);
+        assert!(answers(&output).len() >= 60, "{output}");
+    }
+    let output = dig(&scene, POD, &["echo.beta", "A", "+edns=1", "+noednsneg"]);
+    assert!(output.contains("status: BADVERS"), "{output}");
+}
+
+/// Without a proxy there is no answer, though the resolver is there; and the kernel objects are exactly the planned ones.
+#[rstest]
+fn without_a_proxy_nothing_passes(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = own(&spec(variant));
+    let resolver = resolver(&scene);
+    let found = |pod: &str, name: &str, arguments: &[&str]| {
+        let once = ["+tries=1", "+time=1"];
+        let output = dig(&scene, pod, &[&[name, "A"], &once, arguments].concat());
+        !answers(&output).is_empty()
+    };
+    assert!(found(POD, "www.example.org", &[]));
+    for subject in ["--node", "alpha/pod1-1"] {
+        let argv = [harness::ambidex(), "diff", subject];
+        let done = scene.lab.run("node1", &argv, DIG_LIMIT).unwrap();
+        assert_eq!(done.code, 0, "{subject}: {}{}", done.stdout, done.stderr);
+    }
+    scene.lab.kill(1, Daemon::Proxy).unwrap();
+    for arguments in [&["+notcp"][..], &["+tcp"]] {
+        for name in ["many.example.org", "echo.beta"] {
+            assert!(!found(POD, name, arguments), "{name} {arguments:?}");
+        }
+    }
+    let asked = resolver.output();
+    assert!(!asked.contains("many.example.org from"), "{asked}");
+    assert!(
+        found("plain1", "www.example.org", &[]),
+        "the resolver is there"
+    );
+    scene.lab.start(1, Daemon::Proxy).unwrap();
+    eventually("names are answered again", Duration::from_secs(20), || {
+        found(POD, "echo.beta", &[])
+    });
+}
