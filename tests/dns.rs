@@ -192,6 +192,7 @@ fn size_of_answers(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
         hostname: format!("{name}.alpha.svc.cluster.local"),
         vips: (0..vips).map(|n| format!("/10.96.{vips}.{n}")).collect(),
         ports: [(80, 8080)].into(),
+        more: Default::default(),
     };
     let _changed = scene.with_state(|state| {
         state.services.push(service("forty", 40));
