@@ -178,7 +178,7 @@ fn another_network_is_reached_by_a_tunnel_in_a_tunnel(
         let named = json!({"destination": format!("there/{gateway}")});
         far.more.insert("networkGateway".to_owned(), named);
     });
-    let mark = scene.mark(2);
+    let (near, mark) = (scene.mark(1), scene.mark(2));
     let check = Check::Exchange {
         up: 200_000,
         down: 300_000,
@@ -197,6 +197,13 @@ fn another_network_is_reached_by_a_tunnel_in_a_tunnel(
         ("src.identity", &scene.identity(CLIENT)),
     ];
     scene.access_line(mark, &inner);
+    let outer = [
+        ("direction", "outbound"),
+        ("src.workload", CLIENT),
+        ("dst.workload", "gateway"),
+        ("dst.hbone_addr", "echo.beta.svc.cluster.local:80"),
+    ];
+    scene.access_line(near, &outer);
 }
 
 /// The endpoint on the client's own node, as long as it is healthy; then the others; the sick ones only for who wants all.

@@ -102,7 +102,7 @@ pub(crate) async fn arrive(
         destination_service: service_of(&snapshot, &workload, &target, &arrival.claims),
         hbone_addr: arrival
             .tunnelled
-            .then(|| arrival.authority.address().unwrap_or(target.meant)),
+            .then(|| arrival.authority.address().unwrap_or(target.meant).into()),
         mutual_tls: arrival.tunnelled,
     });
     let admitted = attachment.core.admit(

@@ -186,7 +186,7 @@ fn refuse_own_port(
 
 fn opening(attachment: &Attachment, source: &Source, destination: &Destination) -> Opening {
     let tunnelled = matches!(destination.way, Way::Tunnel { .. } | Way::Nested { .. });
-    let hbone_addr = destination.authority.address().filter(|_| tunnelled);
+    let hbone_addr = tunnelled.then(|| destination.authority.clone());
     Opening {
         direction: Direction::Outbound,
         capture_mode: attachment.scope.id().capture_mode,

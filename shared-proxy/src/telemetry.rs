@@ -17,6 +17,7 @@ use prometheus_client::registry::Registry;
 use serde::Serialize;
 
 use crate::capture::{ClientAddr, OrigDstAddr, Refusal};
+use crate::hbone::authority::Authority;
 use crate::identity::Identity;
 use crate::state::{Service, Workload};
 
@@ -182,7 +183,7 @@ pub struct Opening {
     /// The service that the client named, if it named one.
     pub destination_service: Option<Arc<Service>>,
     /// Destination inside the tunnel, if there is a tunnel.
-    pub hbone_addr: Option<SocketAddr>,
+    pub hbone_addr: Option<Authority>,
     /// Whether the peers authenticate each other.
     pub mutual_tls: bool,
 }

@@ -51,7 +51,7 @@ pub(super) fn complete(fixed: &Fixed, late: &Late, moved: Moved, error: Option<&
                     src.namespace = source.workload.as_deref().map(|w| &*w.namespace),
                     src.identity = source_identity.as_deref(),
                     dst.addr = %destination.addr,
-                    dst.hbone_addr = late.hbone_addr.map(tracing::field::display),
+                    dst.hbone_addr = late.hbone_addr.as_ref().map(tracing::field::display),
                     dst.service = late.service.as_deref().map(|s| &*s.hostname),
                     dst.workload = destination.workload.as_deref().map(|w| &*w.name),
                     dst.namespace = destination.workload.as_deref().map(|w| &*w.namespace),

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::hbone::authority::Authority;
 use crate::state::Service;
 
 use super::access_log::{self, Moved};
@@ -31,7 +32,7 @@ pub(super) struct Fixed {
 pub(super) struct Late {
     pub destination: Endpoint,
     pub service: Option<Arc<Service>>,
-    pub hbone_addr: Option<SocketAddr>,
+    pub hbone_addr: Option<Authority>,
     pub mutual_tls: bool,
     legs: Legs,
     series: Option<Arc<Series>>,
@@ -147,7 +148,7 @@ impl Live {
             source: source.into(),
             destination: (&late.destination).into(),
             service: late.service.as_ref().map(|s| s.hostname.to_string()),
-            hbone_addr: late.hbone_addr,
+            hbone_addr: late.hbone_addr.as_ref().and_then(Authority::address),
             mutual_tls: late.mutual_tls,
             sent: moved.sent,
             received: moved.received,
@@ -377,7 +378,7 @@ impl ConnectionRecord {
         &self,
         destination: Endpoint,
         service: Option<Arc<Service>>,
-        hbone_addr: Option<SocketAddr>,
+        hbone_addr: Option<Authority>,
         mutual_tls: bool,
     ) {
         let mut late = self.live.late();
