@@ -15,6 +15,9 @@ const DEFAULT_FILTER: &str = "info";
 /// Keeps the log's thread alive, and can change the filter while the program runs.
 pub struct Log {
     filter: reload::Handle<EnvFilter, Registry>,
+    /// The filter that the program started with.
+    initial: String,
+    lines: writer::Lines,
     _guard: writer::Guard,
 }
 
@@ -26,9 +29,11 @@ pub fn start() -> io::Result<Log> {
     let (lines, guard) = writer::start(io::stdout())?;
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    let initial = filter.to_string();
     let (filter, handle) = reload::Layer::new(filter);
     let registry = tracing_subscriber::registry().with(filter);
     // no-color.org: set and not empty.
+    let kept = lines.clone();
     let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let colour = std::io::stdout().is_terminal() && !no_colour;
     // A second subscriber in one process can only come from a test; the first one stays.
@@ -43,6 +48,8 @@ pub fn start() -> io::Result<Log> {
     };
     Ok(Log {
         filter: handle,
+        initial,
+        lines: kept,
         _guard: guard,
     })
 }
@@ -55,10 +62,16 @@ impl Log {
             .unwrap_or_default()
     }
 
-    /// Changes the filter; `reset` goes back to the default. The error is a sentence for the operator.
+    /// Reads how many lines were lost because nobody read the log for long.
+    pub fn lost_lines(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let lines = self.lines.clone();
+        move || lines.lost_in_all()
+    }
+
+    /// Changes the filter; `reset` goes back to the one of the start. The error is a sentence for the operator.
     pub fn set_level(&self, level: &str) -> Result<(), String> {
         let text = if level == "reset" {
-            DEFAULT_FILTER
+            &self.initial
         } else {
             level
         };

@@ -86,6 +86,11 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
         tag: env!("CARGO_PKG_VERSION").to_owned(),
         ..TelemetryOptions::default()
     }));
+    telemetry.counter(
+        "ambidex_log_lines_lost",
+        "Lines of the log that were lost because nobody read it for long",
+        log.lost_lines(),
+    );
     telemetry.watch_runtime(tokio::runtime::Handle::current());
     let core = Core::new(
         core_config(&config),

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use harness::Variant::{self, Inpod, NodeHybrid};
-use harness::{Stage, eventually, shared};
+use harness::{Stage, eventually, own, shared};
 use lab::traffic::Check;
 use rstest::rstest;
 use serde_json::Value;
@@ -69,6 +69,9 @@ fn metrics_are_the_fields(#[values(NodeHybrid, Inpod)] variant: Variant) {
         ("process_open_fds", "gauge"),
         ("process_max_fds", "gauge"),
         ("tokio_num_workers", "gauge"),
+        ("ambidex_pooled_tunnels", "gauge"),
+        ("ambidex_log_lines_lost_total", "counter"),
+        ("ambidex_metric_series_expired_total", "counter"),
         ("ambidex_tls_handshake_duration_seconds", "histogram"),
         ("ambidex_upstream_connect_duration_seconds", "histogram"),
         ("ambidex_first_byte_duration_seconds", "histogram"),
@@ -102,6 +105,35 @@ fn metrics_are_the_fields(#[values(NodeHybrid, Inpod)] variant: Variant) {
         0.0
     );
     promtool(&page);
+}
+
+/// The log filter can be changed by module, and goes back to what the proxy was started with.
+#[test]
+fn the_log_filter_is_changed_and_reset() {
+    let mut spec = Inpod.spec();
+    spec.daemon_env
+        .insert("RUST_LOG".to_owned(), "warn,access=info".to_owned());
+    let scene = own(&spec);
+    let post = |level: &str| {
+        let url = format!("http://127.0.0.1:15000/logging?level={level}");
+        let curl = ["curl", "-s", "-X", "POST", &url];
+        let done = scene.lab.run("proxy1", &curl, Duration::from_secs(15));
+        done.unwrap().stdout
+    };
+    let access_lines = || {
+        let mark = scene.mark(1);
+        scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+        std::thread::sleep(Duration::from_millis(300));
+        scene.access_lines(mark).len()
+    };
+    assert_eq!(access_lines(), 1);
+    assert!(post("info,access=off").contains("access=off"));
+    assert_eq!(access_lines(), 0);
+    assert!(post("reset").contains("access=info"));
+    assert!(scene.page(1, 15000, "/logging").contains("warn"));
+    assert_eq!(access_lines(), 1);
+    assert!(post("access=loud").contains("access=loud"));
+    assert_eq!(access_lines(), 1, "a filter that is none changes nothing");
 }
 
 /// Lists of what the proxy knows, as tables and as documents.

@@ -40,7 +40,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     lines: Vec<u8>,
+    /// Since the last batch.
     lost: u64,
+    lost_in_all: u64,
     ending: bool,
     ended: bool,
 }
@@ -65,6 +67,13 @@ pub(super) fn start(sink: impl Write + Send + 'static) -> io::Result<(Lines, Gua
         shared: shared.clone(),
     };
     Ok((lines, Guard { shared }))
+}
+
+impl Lines {
+    /// How many lines were lost.
+    pub(super) fn lost_in_all(&self) -> u64 {
+        self.shared.waiting().lost_in_all
+    }
 }
 
 fn write(shared: &Shared, mut sink: impl Write) {
@@ -108,6 +117,7 @@ impl Write for &Lines {
         let mut waiting = self.shared.waiting();
         if waiting.lines.len() + line.len() > LIMIT {
             waiting.lost += 1;
+            waiting.lost_in_all += 1;
             return Ok(line.len());
         }
         let first = waiting.lines.is_empty();

@@ -243,9 +243,26 @@ impl Telemetry {
         help: &'static str,
         read: impl Fn() -> i64 + Send + Sync + 'static,
     ) {
-        let read = Box::new(read);
+        self.read_at_scrape(name, help, metrics::Reading::Gauge(Box::new(read)));
+    }
+
+    /// Adds a counter without labels that is read at every scrape; `name` is without `_total`.
+    pub fn counter(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        read: impl Fn() -> u64 + Send + Sync + 'static,
+    ) {
+        self.read_at_scrape(name, help, metrics::Reading::Counter(Box::new(read)));
+    }
+
+    fn read_at_scrape(&self, name: &'static str, help: &'static str, reading: metrics::Reading) {
         self.register(|registry| {
-            registry.register_collector(Box::new(metrics::GaugeCollector { name, help, read }));
+            registry.register_collector(Box::new(metrics::Reader {
+                name,
+                help,
+                reading,
+            }));
         });
     }
 

@@ -76,6 +76,7 @@ fn a_stalled_reader_stops_nobody_and_what_is_lost_is_counted() {
     let second = written.recv().unwrap();
     let end = String::from_utf8_lossy(&second[LIMIT..]);
     assert_eq!(end, "3 lines of the log were lost\n");
+    assert_eq!(lines.lost_in_all(), 3);
 
     // Neither does it keep the program from ending.
     let started = Instant::now();

@@ -144,23 +144,36 @@ impl EncodeLabel for DisplayLabel<'_> {
     }
 }
 
-/// A gauge that somebody else knows.
-pub(super) struct GaugeCollector {
-    pub name: &'static str,
-    pub help: &'static str,
-    pub read: Box<dyn Fn() -> i64 + Send + Sync>,
+/// A number that somebody else knows.
+pub(super) enum Reading {
+    Gauge(Box<dyn Fn() -> i64 + Send + Sync>),
+    Counter(Box<dyn Fn() -> u64 + Send + Sync>),
 }
 
-impl fmt::Debug for GaugeCollector {
+/// Asks for it at every scrape.
+pub(super) struct Reader {
+    pub name: &'static str,
+    pub help: &'static str,
+    pub reading: Reading,
+}
+
+impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("GaugeCollector").field(&self.name).finish()
+        f.debug_tuple("Reader").field(&self.name).finish()
     }
 }
 
-impl Collector for GaugeCollector {
+impl Collector for Reader {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let metric = encoder.encode_descriptor(self.name, self.help, None, MetricType::Gauge)?;
-        ConstGauge::new((self.read)()).encode(metric)
+        let kind = match self.reading {
+            Reading::Gauge(_) => MetricType::Gauge,
+            Reading::Counter(_) => MetricType::Counter,
+        };
+        let metric = encoder.encode_descriptor(self.name, self.help, None, kind)?;
+        match &self.reading {
+            Reading::Gauge(read) => ConstGauge::new(read()).encode(metric),
+            Reading::Counter(read) => ConstCounter::new(read()).encode(metric),
+        }
     }
 }
 
