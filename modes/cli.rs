@@ -3,12 +3,14 @@
 //! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`), 4 timed out.
 
 mod bench;
+mod control;
 mod daemons;
 mod dump;
 mod get;
 mod lab;
 mod output;
 mod plan;
+mod sources;
 
 use std::process::ExitCode;
 
@@ -35,6 +37,8 @@ enum Command {
     Agent(daemons::AgentArgs),
     /// Run the node proxy
     Proxy(Box<daemons::ProxyArgs>),
+    /// Run a control plane: serves a mesh from YAML files, and certificates, to proxies
+    Control(control::ControlArgs),
     /// Show what the agent of this node knows
     Get(get::GetArgs),
     /// Show the kernel objects that a pod's capture, or the node's, consists of
@@ -81,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Agent(args) => daemons::run_agent(args),
         Command::Proxy(args) => daemons::run_proxy(*args),
+        Command::Control(args) => control::run(args),
         Command::Get(args) => get::run(args),
         Command::Plan(args) => plan::run_plan(args),
         Command::Diff(args) => plan::run_diff(args),

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod agent_client;
 pub mod cli;
 pub mod cni;
+pub mod control;
 pub mod logging;
 pub mod options;
 pub mod proxy;

@@ -3,34 +3,35 @@
 mod handler;
 pub(crate) mod local_pages;
 mod pages;
+pub mod sources;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use host_net::netns::Netns;
 use inpod_redirect::zds::client::{self, ClientOptions};
 use shared_proxy::core::{Core, CoreConfig};
-use shared_proxy::identity::{Certificates, LocalCa, RefreshPolicy};
-use shared_proxy::state::{Store, local_xds};
+use shared_proxy::identity::{Certificates, RefreshPolicy};
+use shared_proxy::state::Store;
 use shared_proxy::telemetry::{Readiness, Telemetry, TelemetryOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use crate::logging::Log;
 use crate::options::field::FieldArgs;
+use sources::{AuthoritySource, MeshSource};
 
 /// What a proxy is started with.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
     /// The agent's ZDS socket.
     pub zds_socket: PathBuf,
-    /// Workloads, services and policies.
-    pub local_xds: PathBuf,
-    /// Directory of the built-in CA.
-    pub ca_dir: PathBuf,
+    /// Where workloads, services and policies come from.
+    pub mesh: MeshSource,
+    /// Where certificates come from.
+    pub authority: AuthoritySource,
     /// Trust domain.
     pub trust_domain: String,
     /// Lifetime of workload certificates.
@@ -75,12 +76,10 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     config.field.require_compliance()?;
 
     let store = Arc::new(Store::in_network(config.network.as_str()));
-    let watch =
-        local_xds::watch_file(&config.local_xds, Arc::clone(&store)).context("workloads")?;
-
-    let ca = LocalCa::open(&config.ca_dir, &config.trust_domain, config.cert_ttl)
-        .with_context(|| format!("built-in CA in {}", config.ca_dir.display()))?;
-    let certificates = Arc::new(Certificates::new(Arc::new(ca), RefreshPolicy::default()));
+    let ca = config
+        .authority
+        .open(&config.trust_domain, config.cert_ttl)?;
+    let certificates = Arc::new(Certificates::new(ca, RefreshPolicy::default()));
     let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
         component: "ambidex-proxy".to_owned(),
         tag: env!("CARGO_PKG_VERSION").to_owned(),
@@ -100,6 +99,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     );
 
     let readiness = Readiness::new();
+    let mesh = config.mesh.follow(&store, &telemetry, &readiness)?;
     let handler = Arc::new(handler::Workloads::new(
         core.clone(),
         Arc::clone(&certificates),
@@ -136,7 +136,7 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     }
     tracing::info!(deadline = ?config.drain, "draining");
     zds.abort();
-    watch.abort();
+    drop(mesh);
     tokio::select! {
         () = core.shutdown(config.drain) => tracing::info!("drained"),
         // Whoever asks twice does not want to wait.

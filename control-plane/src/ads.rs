@@ -53,7 +53,7 @@ pub struct NodeInfo {
     /// Name of the node.
     pub node_name: String,
     /// Further metadata.
-    pub metadata: BTreeMap<String, String>,
+    pub metadata: BTreeMap<String, serde_json::Value>,
 }
 
 impl NodeInfo {
@@ -72,7 +72,7 @@ impl NodeInfo {
         };
         let mut fields: BTreeMap<_, _> = metadata
             .iter()
-            .map(|(name, text)| (name.clone(), text.clone().into()))
+            .map(|(name, value)| (name.clone(), value.clone().into()))
             .collect();
         for (name, text) in [
             ("NAME", pod_name.as_str()),

@@ -8,6 +8,7 @@ mod build;
 mod cgroup;
 mod cni;
 mod congestion;
+mod control;
 mod crowd;
 mod daemons;
 mod demolish;
@@ -167,6 +168,7 @@ impl Lab {
         for part in [
             "log",
             "ca",
+            "mesh",
             "node1/run",
             "node1/state",
             "node2/run",
@@ -266,9 +268,10 @@ impl Lab {
             .join(format!("{}.log", daemon.name(node)))
     }
 
-    /// The file that all proxies of the lab read their workloads, services and policies from.
+    /// The file that all proxies of the lab, or its control plane, read workloads, services and policies from.
     pub fn workloads_path(&self) -> PathBuf {
-        self.dir.join("workloads.yaml")
+        // A control plane serves a whole directory.
+        self.dir.join("mesh/workloads.yaml")
     }
 
     /// Replaces that file at once, so that no proxy ever reads half of it.

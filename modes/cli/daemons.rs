@@ -8,6 +8,7 @@ use clap::Args;
 use tokio::runtime::Runtime;
 
 use super::Failure;
+use super::sources::SourceArgs;
 use crate::agent::{self, AgentConfig};
 use crate::logging;
 use crate::options::CaptureArgs;
@@ -62,17 +63,8 @@ pub(crate) struct ProxyArgs {
     /// Unix socket of the agent (default: ztunnel.sock in the run directory)
     #[arg(long, env = "INPOD_UDS", value_name = "PATH")]
     zds_socket: Option<PathBuf>,
-    /// File with workloads, services and policies in LOCAL_XDS form; reloaded when it changes
-    #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
-    local_xds: PathBuf,
-    /// Directory of the built-in CA; made when it is absent, shared by the proxies of a mesh
-    #[arg(
-        long,
-        env = "AMBIDEX_CA_DIR",
-        value_name = "DIR",
-        default_value = "/var/lib/ambidex/ca"
-    )]
-    ca_dir: PathBuf,
+    #[command(flatten)]
+    sources: SourceArgs,
     /// Trust domain of the mesh
     #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
     trust_domain: String,
@@ -108,14 +100,15 @@ pub(crate) struct ProxyArgs {
 }
 
 pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
+    let (mesh, authority) = args.sources.sources(&args.cluster_id)?;
     args.field.check()?;
     let log = logging::start()?;
     let config = ProxyConfig {
         zds_socket: args
             .zds_socket
             .unwrap_or_else(|| RunDir::from_env().zds("INPOD_UDS")),
-        local_xds: args.local_xds,
-        ca_dir: args.ca_dir,
+        mesh,
+        authority,
         trust_domain: args.trust_domain,
         cert_ttl: args
             .cert_ttl_seconds

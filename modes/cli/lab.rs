@@ -54,6 +54,9 @@ struct UpArgs {
     name: NameArgs,
     #[command(flatten)]
     capture: CaptureArgs,
+    /// Run a control plane on the outside host, which proxies get the mesh and certificates from
+    #[arg(long)]
+    control_plane: bool,
     /// Captured pods on each node
     #[arg(long, default_value_t = 2)]
     pods_per_node: u8,
@@ -119,6 +122,7 @@ fn up(args: &UpArgs) -> Result<(), Failure> {
         same_node: variant.same_node,
         cni: variant.cni,
         pods_per_node: args.pods_per_node,
+        control_plane: args.control_plane,
         ..LabSpec::new(
             &args.name.name,
             args.capture.mode,

@@ -125,7 +125,8 @@ async fn decide(
     let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
     refuse_own_port(&owner, client, dst.0)?;
     let identity = attachment.identity_of(&owner)?;
-    let (snapshot, workload) = attachment.workload_of(&owner, client.0.ip()).await?;
+    let (_, workload) = attachment.workload_of(&owner, client.0.ip()).await?;
+    let snapshot = attachment.mesh_for(dst.0.ip()).await?;
     let pick = route::pick(&snapshot, &workload, dst.0, &mut rng())?;
     let address = match pick.address() {
         Some(address) => address,

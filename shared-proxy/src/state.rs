@@ -8,6 +8,7 @@ mod address;
 pub mod balancing;
 pub mod gateway;
 pub mod local_xds;
+mod on_demand;
 mod persistent_map;
 pub mod policy;
 pub mod service;
@@ -17,6 +18,7 @@ mod update;
 pub mod workload;
 
 pub use address::{InvalidAddress, NamespacedHostname, NetworkAddress};
+pub use on_demand::OnDemand;
 pub use policy::{Policy, authorize};
 pub use service::Service;
 pub use snapshot::{Snapshot, SnapshotError};

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use futures_util::future::{BoxFuture, FutureExt};
+use shared_proxy::state::OnDemand;
 use tokio::sync::{mpsc, oneshot};
 
 /// Asks a running client for resources. Clones ask the same client.
@@ -36,6 +38,18 @@ impl Demands {
             answered,
         };
         self.asking.send(demand).is_ok() && answer.await.is_ok()
+    }
+}
+
+impl OnDemand for Demands {
+    fn ask(&self, name: String) -> BoxFuture<'_, ()> {
+        async move {
+            if !Demands::ask(self, name).await {
+                // A client that has ended answers nothing: not "there is no such thing".
+                std::future::pending::<()>().await;
+            }
+        }
+        .boxed()
     }
 }
 

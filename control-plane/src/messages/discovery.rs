@@ -150,6 +150,29 @@ impl From<String> for Value {
     }
 }
 
+impl From<serde_json::Value> for Value {
+    fn from(value: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        let kind = match value {
+            Json::Null => Kind::Null(0),
+            Json::Bool(value) => Kind::Bool(value),
+            // Every JSON number has a nearest one here.
+            Json::Number(value) => Kind::Number(value.as_f64().unwrap_or(f64::NAN)),
+            Json::String(text) => Kind::Text(text),
+            Json::Array(values) => Kind::List(ListValue {
+                values: values.into_iter().map(Self::from).collect(),
+            }),
+            Json::Object(members) => Kind::Object(Struct {
+                fields: members
+                    .into_iter()
+                    .map(|(name, value)| (name, value.into()))
+                    .collect(),
+            }),
+        };
+        Self { kind: Some(kind) }
+    }
+}
+
 impl Struct {
     /// The member `name`, if it is a text.
     pub fn text(&self, name: &str) -> Option<&str> {

@@ -3,9 +3,16 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use shared_proxy::state::local_xds::{self, LocalXdsError};
 use shared_proxy::state::{Snapshot, SnapshotError};
+use tokio::task::JoinHandle;
+
+use super::ControlPlane;
+
+/// How often the directory is looked at.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Why a directory is no mesh.
 #[derive(Debug, thiserror::Error)]
@@ -88,4 +95,71 @@ pub fn load(dir: &Path, files: &Stamps) -> Result<Snapshot, DirectoryError> {
         path: dir.to_owned(),
         source: Box::new(source),
     })
+}
+
+/// Publishes the directory's mesh, and again whenever its files change, until the task is aborted. The first mesh is in
+/// force when this returns. A later one that is not usable is logged once and changes nothing. Must be called on a Tokio
+/// runtime.
+///
+/// # Errors
+/// The first mesh is not usable.
+pub async fn publish(
+    dir: PathBuf,
+    control: ControlPlane,
+) -> Result<JoinHandle<()>, DirectoryError> {
+    let seen = look(&dir)?;
+    put(&dir, &seen, &control)?;
+    Ok(tokio::spawn(follow(dir, control, seen)))
+}
+
+async fn follow(dir: PathBuf, control: ControlPlane, mut seen: Stamps) {
+    // Files are taken when two looks in a row find the same: what is being written is left alone until its writer pauses.
+    let mut last = seen.clone();
+    let mut complaint = String::new();
+    let mut ticks = tokio::time::interval(POLL_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let task = {
+            let (dir, control) = (dir.clone(), control.clone());
+            let (last, seen) = (last.clone(), seen.clone());
+            // Reading may block, and encoding a large mesh takes a while.
+            tokio::task::spawn_blocking(move || {
+                let found = look(&dir)?;
+                let due = found == last && found != seen;
+                let put = due.then(|| put(&dir, &found, &control));
+                Ok::<_, DirectoryError>((found, put))
+            })
+        };
+        let error = match task.await {
+            // The runtime is shutting down.
+            Err(_) => return,
+            Ok(Err(error)) => Some(error),
+            Ok(Ok((found, put))) => {
+                if put.is_some() {
+                    seen.clone_from(&found);
+                }
+                last = found;
+                match put {
+                    None => continue,
+                    Some(result) => result.err(),
+                }
+            }
+        };
+        let text = error.map(|error| error.to_string()).unwrap_or_default();
+        if !text.is_empty() && text != complaint {
+            tracing::error!(
+                error = text,
+                "the directory is not usable: the previous mesh stays in force"
+            );
+        }
+        complaint = text;
+    }
+}
+
+fn put(dir: &Path, files: &Stamps, control: &ControlPlane) -> Result<(), DirectoryError> {
+    let mesh = load(dir, files)?;
+    tracing::info!(dir = %dir.display(), files = files.len(), workloads = mesh.workload_count(), services = mesh.service_count(), policies = mesh.policy_count(), "mesh published");
+    control.publish(mesh);
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! Client and server against each other, and the client against a server that misbehaves.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods)]
 
 mod certificates;
 mod discovery;
 mod hostile;
 mod rig;
+mod scale;

@@ -65,6 +65,10 @@ impl Lab {
 
     fn start_daemons_and_pods(&self, progress: Progress<'_>) -> Result<()> {
         let topology = self.topology();
+        if self.spec().control_plane {
+            progress(&format!("lab {}: control plane", topology.lab));
+            self.start_control()?;
+        }
         for node in &topology.nodes {
             progress(&format!(
                 "lab {}: agent and proxy of {}",

@@ -38,12 +38,12 @@ impl Lab {
             ("AMBIDEX_RUN_DIR".to_owned(), path(self.run_dir(node))),
             ("AMBIDEX_STATE_DIR".to_owned(), path(self.state_dir(node))),
             ("AMBIDEX_CA_DIR".to_owned(), path(self.dir().join("ca"))),
-            ("LOCAL_XDS_PATH".to_owned(), path(self.workloads_path())),
             ("NODE_NAME".to_owned(), format!("node{node}")),
             (LAB_ENV.to_owned(), self.name()),
             ("INPOD_UDS".to_owned(), socket.clone()),
             ("ZTUNNEL_UDS_ADDRESS".to_owned(), socket),
         ]);
+        environment.extend(self.sources());
         environment.extend(self.spec().daemon_env);
         environment
     }

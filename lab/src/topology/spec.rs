@@ -32,6 +32,10 @@ pub struct LabSpec {
     pub pods_per_node: u8,
     /// Agent and proxy each in a mount and a pid namespace of their own, as on a cluster.
     pub isolate: bool,
+    /// The outside host runs a control plane, which the proxies get their mesh and their certificates from; otherwise both
+    /// come from files.
+    #[serde(default)]
+    pub control_plane: bool,
     /// The programs that the lab runs.
     pub programs: Programs,
     /// Program and arguments of another proxy that speaks ZDS, in place of `ambidex proxy`. It runs where that would, with
@@ -112,6 +116,7 @@ impl LabSpec {
             cni: Cni::Routed,
             pods_per_node: 2,
             isolate: true,
+            control_plane: false,
             programs,
             proxy_command: None,
             daemon_env: BTreeMap::new(),

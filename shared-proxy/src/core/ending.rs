@@ -21,6 +21,8 @@ pub(crate) enum Failure {
     OwnPort(SocketAddr),
     #[error("the workload at {address} ({pod}) is not known: the control plane has not told of it")]
     UnknownWorkload { address: IpAddr, pod: String },
+    #[error("the control plane was asked whose address {0} is, and has not answered")]
+    NotTold(IpAddr),
     #[error("{0}")]
     Identity(String),
     #[error("no healthy endpoint of {service} for port {port}")]
@@ -66,6 +68,7 @@ impl Failure {
             Self::Identity(_) | Self::Certificate(_) => ResponseFlag::IdentityError,
             Self::Dial(_)
             | Self::UnknownWorkload { .. }
+            | Self::NotTold(_)
             | Self::NoHealthyEndpoint { .. }
             | Self::UnknownGateway { .. }
             | Self::Unresolved { .. }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Attachment, Failure};
 use crate::capture::LocalWorkload;
@@ -35,6 +35,8 @@ impl Attachment {
         }
         let mut changes = store.subscribe();
         let deadline = Instant::now() + self.core.config.workload_wait;
+        // Where workloads are told of on demand, somebody has to ask; elsewhere this returns at once.
+        let _ = timeout_at(deadline, store.knowing(address)).await;
         loop {
             // Looked up after subscribing, so that no change is missed.
             if let Some(found) = find(store.load(), pod, address) {
@@ -50,6 +52,17 @@ impl Attachment {
                 }
             }
         }
+    }
+}
+
+impl Attachment {
+    /// The mesh as far as a connection to `address` needs it. Where workloads are told of on demand, a control plane that
+    /// does not answer fails the connection: an address must not pass for nobody's because nobody could be asked.
+    pub(crate) async fn mesh_for(&self, address: IpAddr) -> Result<Arc<Snapshot>, Failure> {
+        let wait = self.core.config.workload_wait;
+        timeout(wait, self.core.store.knowing(address))
+            .await
+            .map_err(|_| Failure::NotTold(address))
     }
 }
 

@@ -364,7 +364,7 @@ impl Snapshot {
         of_namespace("").chain(namespaced).chain(named)
     }
 
-    fn local(&self, ip: IpAddr) -> NetworkAddress {
+    pub(super) fn local(&self, ip: IpAddr) -> NetworkAddress {
         NetworkAddress::new(Arc::clone(&self.network), ip)
     }
 }

@@ -1,11 +1,11 @@
 //! The snapshot in force.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use super::{Change, Snapshot};
+use super::{Change, OnDemand, Snapshot};
 
 /// Holds the snapshot in force. Reading takes no lock.
 #[derive(Debug)]
@@ -15,6 +15,7 @@ pub struct Store {
     writing: Mutex<()>,
     version: watch::Sender<u64>,
     network: Arc<str>,
+    pub(super) on_demand: OnceLock<Arc<dyn OnDemand>>,
 }
 
 impl Store {
@@ -31,6 +32,7 @@ impl Store {
             writing: Mutex::default(),
             version: watch::Sender::new(0),
             network,
+            on_demand: OnceLock::new(),
         }
     }
 
