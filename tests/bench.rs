@@ -167,6 +167,7 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
         "colours"
     );
     what_a_report_lacks_makes_it_fail(&results);
+    the_schema_is_kept(&results);
     a_broken_off_round_is_measured_again(&arguments, &out, results);
 }
 
@@ -183,6 +184,37 @@ fn show(report: &Value) -> (Option<i32>, String, String) {
         text(output.stdout),
         text(output.stderr),
     )
+}
+
+/// Judged by Debian's python3-jsonschema.
+fn the_schema_is_kept(whole: &Value) {
+    let valid = |report: &Value| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("results.json");
+        std::fs::write(&file, report.to_string()).unwrap();
+        let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/results.schema.json");
+        let mut judge = Command::new("/usr/bin/python3");
+        judge.args(["-m", "jsonschema", "--instance"]);
+        let output = judge.arg(&file).arg(&schema).output().unwrap();
+        (
+            output.status.success(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (kept, complaint) = valid(whole);
+    assert!(kept, "{complaint}");
+    let mut unknown = whole.clone();
+    unknown["samples"][0]["colour"] = json!("red");
+    let mut lacking = whole.clone();
+    lacking["samples"][0]
+        .as_object_mut()
+        .unwrap()
+        .remove("value");
+    let mut wrong = whole.clone();
+    wrong["rounds"] = json!("two");
+    for broken in [unknown, lacking, wrong] {
+        assert!(!valid(&broken).0, "{broken:#}");
+    }
 }
 
 fn what_a_report_lacks_makes_it_fail(whole: &Value) {

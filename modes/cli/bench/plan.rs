@@ -30,9 +30,9 @@ impl Plan {
         Self::of(Variant::ALL.to_vec(), Case::all(), 10, 5)
     }
 
-    /// All cases with the captures and no mesh.
+    /// The cases of the full run with the captures and no mesh.
     pub(super) fn default() -> Self {
-        Self::of(Variant::DEFAULT.to_vec(), Case::all(), 6, 5)
+        Self::of(Variant::DEFAULT.to_vec(), Case::full(), 6, 5)
     }
 
     /// A variant against itself, five minutes, with three rounds more than its ten comparisons need to find anything.
