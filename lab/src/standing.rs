@@ -7,7 +7,7 @@
 mod build;
 mod cgroup;
 mod cni;
-mod congestion;
+pub mod congestion;
 mod control;
 mod crowd;
 mod daemons;
