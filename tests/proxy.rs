@@ -216,8 +216,10 @@ fn the_fields_proxy_is_told_why_it_cannot_serve_the_node_capture() {
             why.contains("extension that node capture needs")
         });
         assert!(why.contains("--mode inpod"), "{why}");
-        let log = std::fs::read_to_string(lab.log_path(1, Daemon::Agent)).unwrap();
-        assert!(log.contains("extension that node capture needs"), "{log}");
+        eventually("the agent says why", SOON, || {
+            let log = std::fs::read_to_string(lab.log_path(1, Daemon::Agent)).unwrap();
+            log.contains("extension that node capture needs")
+        });
     });
     lab.start(1, Daemon::Proxy).unwrap();
     eventually("ours is taken", SOON, || lab.is_ready(1));
