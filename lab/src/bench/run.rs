@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -179,21 +179,27 @@ pub(super) fn set_up(
     Ok(stages)
 }
 
-/// Does `work` for all items, each in a thread of its own; results are in the order of the items.
+/// Does `work` for all items, each in a thread of its own; results are in the order of the items. On a single processor
+/// one after the other: what waits there for the others' work meets the limits that are set for its own.
 fn in_parallel<T: Sync, R: Send>(
     items: &[T],
     progress: Progress<'_>,
     work: impl Fn(&T, &dyn Fn(String)) -> Result<R> + Sync,
 ) -> Vec<Result<R>> {
+    let single = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
+    let turn = Mutex::new(());
     thread::scope(|scope| {
         let (sender, lines) = mpsc::channel();
-        let work = &work;
+        let (work, turn) = (&work, &turn);
         let threads: Vec<_> = items
             .iter()
             .map(|item| {
                 let sender = sender.clone();
                 // A line that nobody reads any more is not missed.
-                scope.spawn(move || work(item, &|line| drop(sender.send(line))))
+                scope.spawn(move || {
+                    let _turn = single.then(|| turn.lock().unwrap_or_else(PoisonError::into_inner));
+                    work(item, &|line| drop(sender.send(line)))
+                })
             })
             .collect();
         drop(sender);
