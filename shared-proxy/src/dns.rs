@@ -1,8 +1,8 @@
 //! The DNS proxy: answers captured pods' queries for names of the mesh, and passes everything else on.
 //!
-//! A query arrives by UDP or TCP in a scope ([`serve`]), is read ([`message`]), and looked up as its pod would mean it: with
+//! A query arrives by UDP or TCP in a scope (`serve`), is read ([`message`]), and looked up as its pod would mean it: with
 //! the search domains of the pod's namespace ([`names`], [`lookup`]). What the mesh does not know goes to the resolvers of
-//! the proxy's `resolv.conf`, by the transport that it came by, and their answer goes back as it is ([`upstream`]). Nothing is
+//! the proxy's `resolv.conf`, by the transport that it came by, and their answer goes back as it is (`upstream`). Nothing is
 //! cached: an answer of the mesh is one map lookup, and resolvers cache by themselves.
 
 pub mod lookup;
