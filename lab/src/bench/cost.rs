@@ -2,7 +2,7 @@
 //! and bytes on the wire; memory per pod, connection and tunnel; kernel objects; the steps of an enrolment.
 //!
 //! One variant after the other, each in a lab of its own, so that nothing shares the machine with what is measured.
-//! [`process`], [`syscalls`] and [`objects`] read, [`idle`] holds connections, [`measure`] puts them in order, [`gates`]
+//! [`process`], [`syscalls`] and [`objects`] read, [`idle`] holds connections, `measure` puts them in order, [`gates`]
 //! judges, [`table`] prints. Keys of cost.json carry their unit; everything in it that is "per" something is a quotient
 //! of numbers that are in it, too, or of differences of those.
 
