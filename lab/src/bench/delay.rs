@@ -143,7 +143,7 @@ mod tests {
         let netns = Netns::current().unwrap();
         let server = StdListener::bind("127.0.0.1:0").unwrap();
         let to = server.local_addr().unwrap().port();
-        let delay = Duration::from_millis(40);
+        let delay = Duration::from_millis(200);
         // Between finding a free port and taking it somebody else may.
         let (from, _line) = (0..20)
             .find_map(|_| {
