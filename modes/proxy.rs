@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use host_net::netns::Netns;
 use inpod_redirect::zds::client::{self, ClientOptions};
+use serde_json::json;
 use shared_proxy::core::{Core, CoreConfig};
 use shared_proxy::identity::{Certificates, RefreshPolicy};
 use shared_proxy::state::Store;
@@ -64,7 +65,14 @@ fn core_config(config: &ProxyConfig) -> CoreConfig {
 /// The settings that a proxy would run with.
 pub fn in_force(config: &ProxyConfig) -> serde_json::Value {
     let core = core_config(config);
-    config.field.describe(&core, config.drain, config.cert_ttl)
+    let mut described = config.field.describe(&core, config.drain, config.cert_ttl);
+    described["mesh"] = config.mesh.describe();
+    described["authority"] = config.authority.describe();
+    described["inpodUds"] = json!(config.zds_socket);
+    described["adminAddr"] = json!(config.admin);
+    described["statsAddr"] = json!(config.metrics);
+    described["readinessAddr"] = json!(config.readiness);
+    described
 }
 
 /// Runs a proxy until SIGTERM or SIGINT, then drains.

@@ -231,6 +231,104 @@ fn size_of_answers(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
     assert!(output.contains("status: BADVERS"), "{output}");
 }
 
+/// What a pod's script prints that sends two queries in one segment over one connection: which one is answered first.
+const PIPELINE: &str = r#"
+import socket, struct, sys
+def query(number, name):
+    labels = b"".join(bytes([len(l)]) + l for l in name.encode().split(b".")) + b"\0"
+    message = struct.pack(">HHHHHH", number, 0x0100, 1, 0, 0, 0) + labels + struct.pack(">HH", 1, 1)
+    return struct.pack(">H", len(message)) + message
+s = socket.create_connection((sys.argv[1], 53), timeout=20)
+s.sendall(query(1, "slow.example.org") + query(2, "echo.beta") + query(3, "slow.example.org"))
+stream = s.makefile("rb")
+for _ in range(3):
+    length, = struct.unpack(">H", stream.read(2))
+    answer = stream.read(length)
+    number, flags, _, answers = struct.unpack(">HHHH", answer[:8])
+    print(number, "code", flags & 15, "answers", answers)
+"#;
+
+/// A resolver that is silent costs those who asked it their answer, after the waiting time, and nobody else anything.
+#[rstest]
+fn a_silent_resolver(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let mut spec = spec(variant);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("silent-resolv.conf");
+    let text = format!("nameserver {OUTSIDE}\noptions timeout:2 attempts:1\n");
+    std::fs::write(&file, text).unwrap();
+    let path = file.display().to_string();
+    spec.daemon_env.insert("AMBIDEX_RESOLV_CONF".into(), path);
+    let scene = own(&spec);
+    for protocol in ["udp", "tcp"] {
+        let rule = ["-A", "INPUT", "-p", protocol, "--dport", "53", "-j", "DROP"];
+        let argv = [&["iptables"], &rule[..]].concat();
+        let done = scene.lab.run("out", &argv, DIG_LIMIT).unwrap();
+        assert_eq!(done.code, 0, "{}", done.stderr);
+    }
+    for transport in ["+notcp", "+tcp"] {
+        let once = ["+tries=1", "+time=20", transport, "A"];
+        let output = dig(&scene, POD, &[&["www.example.org"], &once[..]].concat());
+        assert!(output.contains("status: SERVFAIL"), "{transport}: {output}");
+    }
+    let argv = ["python3", "-c", PIPELINE, &OUTSIDE.to_string()];
+    let done = scene.lab.run(POD, &argv, DIG_LIMIT).unwrap();
+    let lines: Vec<&str> = done.stdout.lines().collect();
+    let mut late = lines[1..].to_vec();
+    late.sort();
+    assert_eq!(
+        lines[0], "2 code 0 answers 1",
+        "{}{}",
+        done.stdout, done.stderr
+    );
+    assert_eq!(late, ["1 code 2 answers 0", "3 code 2 answers 0"]);
+    let failures = scene.metric(1, "istio_dns_upstream_failures_total", &[]);
+    assert!(failures >= 4.0, "{failures}");
+}
+
+/// A pod that is the resolver, or behind its address, is not asked its own questions.
+#[rstest]
+fn a_resolver_that_is_captured_does_not_ask_itself(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let mut spec = spec(variant);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("own-resolv.conf");
+    std::fs::write(
+        &file,
+        "nameserver 10.96.7.7\noptions timeout:2 attempts:1\n",
+    )
+    .unwrap();
+    let path = file.display().to_string();
+    spec.daemon_env.insert("AMBIDEX_RESOLV_CONF".into(), path);
+    let scene = own(&spec);
+    let _changed = scene.with_state(|state| {
+        state.services.push(Service {
+            name: "resolver".to_owned(),
+            namespace: "beta".to_owned(),
+            hostname: "resolver.beta.svc.cluster.local".to_owned(),
+            vips: vec!["/10.96.7.7".to_owned()],
+            ports: [(53, 53)].into(),
+            more: Default::default(),
+        });
+        let workload = state
+            .workloads
+            .iter_mut()
+            .find(|w| w.name == OTHER)
+            .unwrap();
+        let service = "beta/resolver.beta.svc.cluster.local".to_owned();
+        workload.services.insert(service, [(53, 53)].into());
+    });
+    let once = ["+tries=1", "+time=5", "A"];
+    let refused = |pod: &str| {
+        let output = dig(&scene, pod, &[&["www.example.org"], &once[..]].concat());
+        assert!(output.contains("status: SERVFAIL"), "{output}");
+    };
+    let passed_on = || scene.metric(1, "istio_dns_upstream_requests_total", &[]);
+    refused(OTHER);
+    assert_eq!(passed_on(), 0.0);
+    let mesh = dig(&scene, OTHER, &["echo.beta", "A"]);
+    assert_eq!(answers(&mesh).len(), 1, "{mesh}");
+    // Somebody else's question is asked of it, and fails because nothing listens there.
+    refused(POD);
+    assert_eq!(passed_on(), 1.0);
+}
+
 /// Without a proxy there is no answer, though the resolver is there; and the kernel objects are exactly the planned ones.
 #[rstest]
 fn without_a_proxy_nothing_passes(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {

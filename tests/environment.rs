@@ -189,6 +189,62 @@ fn rows() -> Vec<Row> {
             Some("some"),
         ),
         (
+            "INPOD_UDS",
+            "--zds-socket",
+            "/run/elsewhere.sock",
+            "/inpodUds",
+            json!("/run/elsewhere.sock"),
+            None,
+        ),
+        (
+            "ADMIN_ADDR",
+            "--admin",
+            "127.0.0.1:1",
+            "/adminAddr",
+            json!("127.0.0.1:1"),
+            Some("15000"),
+        ),
+        (
+            "STATS_ADDR",
+            "--metrics",
+            "127.0.0.1:2",
+            "/statsAddr",
+            json!("127.0.0.1:2"),
+            Some("here"),
+        ),
+        (
+            "READINESS_ADDR",
+            "--readiness",
+            "127.0.0.1:3",
+            "/readinessAddr",
+            json!("127.0.0.1:3"),
+            Some(":3"),
+        ),
+        (
+            "CA_ADDRESS",
+            "--ca-address",
+            "ca.example:15",
+            "/authority/ca/address",
+            json!("https://ca.example:15"),
+            Some("ftp://ca.example"),
+        ),
+        (
+            "AMBIDEX_CA_DIR",
+            "--ca-dir",
+            "/ca",
+            "/authority/builtIn",
+            json!("/ca"),
+            None,
+        ),
+        (
+            "ISTIO_META_CLUSTER_ID",
+            "--meta-cluster-id",
+            "west",
+            "/clusterId",
+            json!("west"),
+            None,
+        ),
+        (
             "COMPLIANCE_POLICY",
             "--compliance-policy",
             "pqc",
@@ -225,8 +281,19 @@ fn a_wrong_value_is_refused_by_the_variables_name() {
         .into_iter()
         .filter_map(|row| Some((row.0, row.5?)))
         .collect();
-    wrong.push(("PROXY_MODE", "dedicated"));
-    wrong.push(("PROXY_MODE", "none"));
+    wrong.extend([
+        ("PROXY_MODE", "dedicated"),
+        ("PROXY_MODE", "none"),
+        // What is always so cannot be turned off, and says that.
+        ("PACKET_MARK", "1338"),
+        ("ENABLE_ORIG_SRC", "false"),
+        ("INPOD_PORT_REUSE", "false"),
+        ("ZTUNNEL_CPU_LIMIT", "0"),
+        ("ZTUNNEL_WORKER_THREADS", "0%"),
+        ("ZTUNNEL_WORKER_THREADS", "101%"),
+        ("XDS_ON_DEMAND", "perhaps"),
+        ("FAKE_CA", "perhaps"),
+    ]);
     for (variable, value) in wrong {
         let output = show_config(&[(variable, value)], &[]);
         let errors = String::from_utf8_lossy(&output.stderr);
@@ -247,6 +314,70 @@ fn deadline_of_a_grace_period(#[case] grace: &str, #[case] deadline: &str) {
         in_force(&set, &[])["connectionTerminationDeadline"],
         deadline
     );
+}
+
+/// Threads of a part of the processors, rounded up, and never one alone.
+#[rstest]
+#[case("25%", "16", 4)]
+#[case("30%", "16", 5)]
+#[case("1%", "16", 2)]
+#[case("7", "16", 7)]
+#[case("100%", "3", 3)]
+fn worker_threads(#[case] threads: &str, #[case] limit: &str, #[case] want: u64) {
+    let set = [
+        ("ZTUNNEL_WORKER_THREADS", threads),
+        ("ZTUNNEL_CPU_LIMIT", limit),
+    ];
+    assert_eq!(in_force(&set, &[])["workerThreads"], want);
+    let flags = ["--worker-threads", threads, "--cpu-limit", limit];
+    assert_eq!(in_force(&[], &flags)["workerThreads"], want);
+    assert_eq!(
+        in_force(&[("ZTUNNEL_CPU_LIMIT", limit)], &[])["workerThreads"],
+        limit.parse::<u64>().unwrap(),
+        "without a number of threads"
+    );
+}
+
+/// Everything about the connection to the CA, and what the variables of the other connection have to do with it.
+#[test]
+fn the_ca() {
+    let set = [
+        ("XDS_ADDRESS", "istiod.example:1"),
+        ("ALT_XDS_HOSTNAME", "not.the.ca"),
+        ("CA_ROOT_CA", "/roots.pem"),
+        ("ALT_CA_HOSTNAME", "ca.example"),
+        ("CA_HEADER_FOO", "bar"),
+        ("XDS_HEADER_NOT", "here"),
+        ("AUTH_TOKEN", "/token"),
+        ("CLUSTER_ID", "east"),
+    ];
+    let with_ca = [&set[..], &[("CA_ADDRESS", "http://ca:2")]].concat();
+    let ca = &in_force(&with_ca, &[])["authority"]["ca"];
+    let wanted = json!({
+        "address": "http://ca:2",
+        "rootCert": "/roots.pem",
+        "altHostname": "ca.example",
+        "token": "/token",
+        "clusterId": "east",
+        "headers": ["foo"],
+    });
+    assert_eq!(*ca, wanted);
+    let fake = [
+        &with_ca[..],
+        &[("FAKE_CA", "true"), ("AMBIDEX_CA_DIR", "/ca")],
+    ]
+    .concat();
+    assert_eq!(in_force(&fake, &[])["authority"], json!({"builtIn": "/ca"}));
+    // Neither a token nor roots that are given as texts are for those who look at the configuration.
+    let texts = [
+        ("CA_ADDRESS", "ca:2"),
+        ("AUTH_TOKEN", "se.cr.et"),
+        ("CA_ROOT_CA", "-----BEGIN CERTIFICATE-----"),
+    ];
+    let config = in_force(&texts, &[]);
+    assert_eq!(config["authority"]["ca"]["token"], "given as a text");
+    assert_eq!(config["authority"]["ca"]["rootCert"], "given as a text");
+    assert!(!config.to_string().contains("se.cr.et"));
 }
 
 /// The longer-standing variables of this proxy win over the field's.

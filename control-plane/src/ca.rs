@@ -98,9 +98,14 @@ impl CaClient {
                 .into(),
             }),
         };
-        let response = tokio::time::timeout(ANSWER_WITHIN, self.call(request))
-            .await
-            .map_err(|_| IssueError::Timeout(self.endpoint.address.to_string()))??;
+        let response = match tokio::time::timeout(ANSWER_WITHIN, self.call(request)).await {
+            Ok(answered) => answered?,
+            Err(_) => {
+                // Nothing says that the next call on it would be answered.
+                *self.connection.lock().await = None;
+                return Err(IssueError::Timeout(self.endpoint.address.to_string()));
+            }
+        };
         let (chain, roots) = chain_and_roots(&response)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         Ok(WorkloadCertificate::new(
@@ -133,8 +138,9 @@ impl CaClient {
         match answer {
             Ok(response) => Ok(response.into_inner()),
             Err(status) => {
-                // A refusal says nothing about the connection, everything else may be its end.
-                *self.connection.lock().await = None;
+                if may_be_the_connections_end(status.code()) {
+                    *self.connection.lock().await = None;
+                }
                 Err(refused(status))
             }
         }
@@ -183,6 +189,19 @@ impl fmt::Debug for CaClient {
             .field("ttl", &self.ttl)
             .finish_non_exhaustive()
     }
+}
+
+/// Whether a call may have failed so because of what carried it. The other codes are a CA's answers.
+fn may_be_the_connections_end(code: tonic::Code) -> bool {
+    use tonic::Code;
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::Unknown
+            | Code::Internal
+            | Code::Cancelled
+            | Code::DeadlineExceeded
+    )
 }
 
 /// A fresh ECDSA P-256 key, and the request (PEM) for a certificate whose only name is the identity.

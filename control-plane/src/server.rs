@@ -9,7 +9,7 @@ mod subscription;
 use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
@@ -19,14 +19,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use rustls::version::TLS13;
 use shared_proxy::identity::{ALPN_H2, LocalCa, LocalCaError, provider};
-use shared_proxy::state::Snapshot;
+use shared_proxy::state::{Change, Snapshot};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::metadata::MetadataMap;
+use tonic::metadata::{KeyAndValueRef, MetadataMap};
 use tonic::server::Grpc;
 use tonic_prost::ProstCodec;
 
@@ -74,6 +74,7 @@ pub(crate) struct Shared {
     token: Option<PathBuf>,
     longest_ttl: Duration,
     catalogue: watch::Sender<Arc<Catalogue>>,
+    publishing: Mutex<()>,
     ending: watch::Receiver<bool>,
 }
 
@@ -98,6 +99,7 @@ impl ControlPlane {
                 token: options.token,
                 longest_ttl: options.longest_ttl,
                 catalogue: watch::Sender::new(Arc::new(Catalogue::default())),
+                publishing: Mutex::default(),
                 ending,
             }),
             names: options.names.into(),
@@ -105,11 +107,24 @@ impl ControlPlane {
         }
     }
 
-    /// Puts another mesh in force; clients are sent what differs. Encoding a large mesh takes a while.
+    /// Puts another mesh in force; clients are sent what differs. Encoding a large mesh takes a while, but what it shares
+    /// with the one before is only compared.
     pub fn publish(&self, mesh: Snapshot) {
-        self.shared
-            .catalogue
-            .send_replace(Arc::new(Catalogue::new(mesh)));
+        self.put(|catalogue| catalogue.replaced(mesh));
+    }
+
+    /// Puts a mesh in force that differs from the one in force by `changes`, and by nothing else: that costs what the
+    /// changes cost.
+    pub fn update(&self, mesh: Snapshot, changes: &[Change]) {
+        self.put(|catalogue| catalogue.updated(mesh, changes));
+    }
+
+    fn put(&self, next: impl FnOnce(&Catalogue) -> Catalogue) {
+        let catalogue = &self.shared.catalogue;
+        // One after the other; those who read do not wait meanwhile.
+        let _publishing = self.shared.publishing.lock();
+        let current = Arc::clone(&catalogue.borrow());
+        catalogue.send_replace(Arc::new(next(&current)));
     }
 
     /// The root of the CA, PEM: what clients need in order to trust this server.
@@ -242,6 +257,15 @@ impl Shared {
             None => Err(Status::unauthenticated("a bearer token is needed")),
         }
     }
+}
+
+/// What accompanies a call, for the log: the token is nobody's business.
+fn shown(metadata: &MetadataMap) -> Vec<(&str, &str)> {
+    let headers = metadata.iter().filter_map(|entry| match entry {
+        KeyAndValueRef::Ascii(key, value) => Some((key.as_str(), value.to_str().ok()?)),
+        KeyAndValueRef::Binary(..) => None,
+    });
+    headers.filter(|(key, _)| *key != "authorization").collect()
 }
 
 /// Compares in a time that does not depend on where the difference is.

@@ -32,8 +32,10 @@ pub const DEFAULT_PORT: u16 = 15012;
 /// Connecting, TLS and HTTP/2 prefaces included, may take this long.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// A quiet connection is tested this often, and given up when the test is not answered; the field's values.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+const KEEPALIVE: Keepalive = Keepalive {
+    interval: Duration::from_secs(30),
+    timeout: Duration::from_secs(10),
+};
 /// A message may be this large: the first answer holds the whole mesh.
 pub(crate) const MAX_MESSAGE: usize = 200 * 1024 * 1024;
 /// Receive windows: the first answer is large, and comes from one peer that is trusted.
@@ -45,8 +47,45 @@ const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 pub enum Roots {
     /// Those in a PEM file, read for each connection.
     File(PathBuf),
+    /// Those in a text, PEM.
+    Text(String),
     /// Those of the operating system.
     System,
+}
+
+/// What proves who asks.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Token {
+    /// The content of a file, read for each call.
+    File(PathBuf),
+    /// This text.
+    Text(String),
+}
+
+/// A token is not for the log.
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Text(_) => f.write_str("Text(..)"),
+        }
+    }
+}
+
+/// How a connection on which nothing comes is found to be dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keepalive {
+    /// It is tested after so long without a frame.
+    pub interval: Duration,
+    /// And given up when the test is not answered within this.
+    pub timeout: Duration,
+}
+
+impl Default for Keepalive {
+    /// The field's: 30 s and 10 s.
+    fn default() -> Self {
+        KEEPALIVE
+    }
 }
 
 /// How a control plane is reached, and what it is told about the caller.
@@ -58,12 +97,14 @@ pub struct Endpoint {
     pub roots: Roots,
     /// The name in its certificate, if it is another than in the address.
     pub server_name: Option<String>,
-    /// File with the token that proves who asks, read for each call. None: nothing is proved.
-    pub token: Option<PathBuf>,
+    /// What proves who asks. None: nothing is proved.
+    pub token: Option<Token>,
     /// The caller's cluster, sent as `clusterid`.
     pub cluster_id: String,
     /// Further metadata.
     pub headers: Vec<(String, String)>,
+    /// How a server that went silent is noticed.
+    pub keepalive: Keepalive,
 }
 
 /// `host:port`, with or without `https://`; after `http://` the connection is not encrypted, and no token is sent on it.
@@ -98,9 +139,18 @@ impl std::str::FromStr for Address {
         let encrypted = uri.scheme() == Some(&Scheme::HTTPS);
         let plain = uri.scheme() == Some(&Scheme::HTTP);
         let whole = matches!(uri.path(), "" | "/") && uri.query().is_none();
+        // What follows the host must be a port: one that is none would otherwise be taken for none given.
+        let exact = |authority: &Authority| {
+            let host = authority.host();
+            let port = authority.as_str().strip_prefix(host);
+            port == Some("") || authority.port_u16().is_some()
+        };
         match uri.authority() {
             Some(authority)
-                if (encrypted || plain) && whole && !authority.as_str().contains('@') =>
+                if (encrypted || plain)
+                    && whole
+                    && exact(authority)
+                    && !authority.as_str().contains('@') =>
             {
                 Ok(Self {
                     authority: authority.clone(),
@@ -263,8 +313,8 @@ impl Endpoint {
     {
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
-            .keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .keep_alive_interval(self.keepalive.interval)
+            .keep_alive_timeout(self.keepalive.timeout)
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -286,13 +336,20 @@ impl Endpoint {
     /// What accompanies a call: the token as it is at this moment, the cluster, and further headers.
     pub(crate) fn metadata(&self) -> Result<MetadataMap, ConnectError> {
         let mut metadata = MetadataMap::new();
-        if let Some(path) = &self.token
+        if let Some(token) = &self.token
             && self.address.encrypted
         {
-            let token = read(path)?;
-            let unusable = |_| ConnectError::Content {
-                path: path.clone(),
-                reason: "not a token: it has characters that no header may have".to_owned(),
+            const UNUSABLE: &str = "not a token: it has characters that no header may have";
+            let (token, path) = match token {
+                Token::File(path) => (read(path)?, Some(path)),
+                Token::Text(text) => (text.clone(), None),
+            };
+            let unusable = |_| match path {
+                Some(path) => ConnectError::Content {
+                    path: path.clone(),
+                    reason: UNUSABLE.to_owned(),
+                },
+                None => ConnectError::Header(format!("authorization ({UNUSABLE})")),
             };
             let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
                 .parse()
@@ -321,19 +378,9 @@ fn client_config(roots: &Roots) -> Result<ClientConfig, ConnectError> {
     let mut store = RootCertStore::empty();
     match roots {
         Roots::File(path) => {
-            let content = |reason: String| ConnectError::Content {
-                path: path.clone(),
-                reason,
-            };
-            let pem = read(path)?;
-            for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-                let certificate = certificate.map_err(|e| content(e.to_string()))?;
-                store.add(certificate).map_err(|e| content(e.to_string()))?;
-            }
-            if store.is_empty() {
-                return Err(content("no certificate in PEM".to_owned()));
-            }
+            add_roots(&mut store, &read(path)?, path)?;
         }
+        Roots::Text(pem) => add_roots(&mut store, pem, Path::new("roots given as a text"))?,
         Roots::System => {
             let found = rustls_native_certs::load_native_certs();
             // A few that cannot be read are usual.
@@ -351,6 +398,22 @@ fn client_config(roots: &Roots) -> Result<ClientConfig, ConnectError> {
         .with_no_client_auth();
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     Ok(config)
+}
+
+/// Adds the certificates of a text, which came from `path`.
+fn add_roots(store: &mut RootCertStore, pem: &str, path: &Path) -> Result<(), ConnectError> {
+    let content = |reason: String| ConnectError::Content {
+        path: path.to_owned(),
+        reason,
+    };
+    for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+        let certificate = certificate.map_err(|e| content(e.to_string()))?;
+        store.add(certificate).map_err(|e| content(e.to_string()))?;
+    }
+    if store.is_empty() {
+        return Err(content("no certificate in PEM".to_owned()));
+    }
+    Ok(())
 }
 
 /// An HTTP/2 connection.
@@ -389,6 +452,9 @@ mod tests {
     #[case("https://a:1/path", None)]
     #[case("https://user@a:1", None)]
     #[case("a b", None)]
+    #[case("unix:///run/istiod.sock", None)]
+    #[case("a:70000", None)]
+    #[case("https://a:", None)]
     fn addresses(#[case] text: &str, #[case] wanted: Option<(&str, &str, u16)>) {
         let address = text.parse::<Address>();
         let parts = address
@@ -406,9 +472,10 @@ mod tests {
             address: address.parse().unwrap(),
             roots: Roots::System,
             server_name: None,
-            token: Some(token.to_owned()),
+            token: Some(Token::File(token.to_owned())),
             cluster_id: "c1".to_owned(),
             headers: vec![("x-extra".to_owned(), "1".to_owned())],
+            keepalive: Keepalive::default(),
         }
     }
 

@@ -1,7 +1,9 @@
 //! `ambidex agent` and `ambidex proxy`: flags of the two daemons.
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
@@ -15,6 +17,9 @@ use crate::options::CaptureArgs;
 use crate::options::field::FieldArgs;
 use crate::proxy::{self, ProxyConfig};
 use crate::run_dir::{RunDir, state_dir};
+
+/// A proxy has at least this many worker threads.
+const LEAST_WORKERS: usize = 2;
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentArgs {
@@ -85,9 +90,15 @@ pub(crate) struct ProxyArgs {
     /// Name of this cluster
     #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
     cluster_id: String,
-    /// Worker threads (default: one per core, at least two)
-    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
-    worker_threads: Option<usize>,
+    /// Name of this cluster; wins over CLUSTER_ID
+    #[arg(long, env = "ISTIO_META_CLUSTER_ID", value_name = "CLUSTER_ID")]
+    meta_cluster_id: Option<String>,
+    /// Worker threads: a number, or a part of the processors such as 25% (default: one per processor; never less than two)
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "N|P%")]
+    worker_threads: Option<Workers>,
+    /// Processors that the proxy may use, if they are fewer than the machine's
+    #[arg(long, env = "ZTUNNEL_CPU_LIMIT", value_name = "N")]
+    cpu_limit: Option<NonZeroUsize>,
     /// Address of the admin pages
     #[arg(long, env = "ADMIN_ADDR", default_value = "127.0.0.1:15000")]
     admin: SocketAddr,
@@ -100,7 +111,12 @@ pub(crate) struct ProxyArgs {
 }
 
 pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
-    let (mesh, authority) = args.sources.sources(&args.cluster_id)?;
+    let cluster_id = args
+        .meta_cluster_id
+        .filter(|id| !id.is_empty())
+        .unwrap_or(args.cluster_id);
+    let (mesh, authority) = args.sources.sources(&cluster_id)?;
+    let workers = workers(args.worker_threads, args.cpu_limit);
     args.field.check()?;
     let log = logging::start()?;
     let config = ProxyConfig {
@@ -118,19 +134,56 @@ pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
             .map_or_else(|| args.field.drain(), Duration::from_secs),
         field: args.field,
         network: args.network,
-        cluster_id: args.cluster_id,
+        cluster_id,
         admin: args.admin,
         metrics: args.metrics,
         readiness: args.readiness,
     };
     if args.show_config {
         let mut in_force = proxy::in_force(&config);
-        in_force["workerThreads"] = args.worker_threads.into();
+        in_force["workerThreads"] = workers.into();
         println!("{in_force:#}");
         return Ok(());
     }
-    proxy_runtime(args.worker_threads)?.block_on(proxy::run(config, log))?;
+    proxy_runtime(Some(workers))?.block_on(proxy::run(config, log))?;
     Ok(())
+}
+
+/// How many worker threads are asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Workers {
+    /// So many.
+    Number(usize),
+    /// This part of the processors, up to 1.
+    Part(f64),
+}
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || format!("`{text}` is no number of threads: want one, or 1% to 100%");
+        match text.strip_suffix('%') {
+            None => text.parse().map(Self::Number).map_err(|_| wrong()),
+            Some(percent) => match percent.parse::<f64>() {
+                Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(Self::Part(percent / 100.0)),
+                _ => Err(wrong()),
+            },
+        }
+    }
+}
+
+/// Worker threads: what is asked for, of the processors that there are; one alone could be kept waiting by one pod.
+fn workers(asked: Option<Workers>, limit: Option<NonZeroUsize>) -> usize {
+    let processors = limit
+        .or_else(|| std::thread::available_parallelism().ok())
+        .map_or(2, NonZeroUsize::get);
+    let workers = match asked {
+        None => processors,
+        Some(Workers::Number(number)) => number,
+        Some(Workers::Part(part)) => (processors as f64 * part).ceil() as usize,
+    };
+    workers.max(LEAST_WORKERS)
 }
 
 /// The runtime of whatever carries pods' bytes.
@@ -138,7 +191,7 @@ pub(crate) fn proxy_runtime(workers: Option<usize>) -> std::io::Result<Runtime> 
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(workers.max(2))
+        .worker_threads(workers.max(LEAST_WORKERS))
         .enable_all()
         .build()
 }

@@ -7,18 +7,23 @@ use anyhow::{Context, bail};
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use control_plane::ads::NodeInfo;
-use control_plane::transport::{Address, Endpoint, Roots};
+use control_plane::transport::{Address, Endpoint, Keepalive, Roots, Token};
 
 use crate::proxy::sources::{AuthoritySource, Followed, MeshSource};
 
-/// The field's control plane, when nothing else is said.
-const DEFAULT_ADDRESS: &str = "istiod:15012";
+/// The field's control plane, when nothing else is said: in a cluster, and elsewhere.
+const DEFAULT_ADDRESS: &str = "istiod.istio-system.svc:15012";
+const DEFAULT_ADDRESS_ELSEWHERE: &str = "localhost:15012";
+/// Set by Kubernetes in every container.
+const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
 /// Where the field mounts the control plane's root.
 const DEFAULT_ROOTS: &str = "/var/run/secrets/istio/root-cert.pem";
 /// Where the field mounts the token.
 const DEFAULT_TOKEN: &str = "/var/run/secrets/tokens/istio-token";
 /// Stands for the roots of the operating system.
 const SYSTEM: &str = "SYSTEM";
+/// What a PEM text has in it and the path of a file has not.
+const PEM: &str = "-----BEGIN";
 
 #[derive(Debug, Args)]
 pub(crate) struct SourceArgs {
@@ -30,12 +35,12 @@ pub(crate) struct SourceArgs {
     #[arg(long, env = "LOCAL_XDS", value_name = "YAML")]
     local_xds_inline: Option<String>,
     /// Control plane that the mesh comes from: host:port, https:// before it or not; http:// means without TLS (default:
-    /// istiod:15012)
+    /// istiod.istio-system.svc:15012 in a cluster, localhost:15012 elsewhere)
     #[arg(long, env = "XDS_ADDRESS", value_name = "ADDRESS")]
     xds_address: Option<String>,
-    /// File with the roots that vouch for the control plane, or SYSTEM for those of the operating system
+    /// Roots that vouch for the control plane: a file, PEM text, or SYSTEM for those of the operating system
     #[arg(long, env = "XDS_ROOT_CA", value_name = "FILE", default_value = DEFAULT_ROOTS)]
-    xds_root_ca: PathBuf,
+    xds_root_ca: String,
     /// The control plane's name in its certificate, if it is another than in its address
     #[arg(long, env = "ALT_XDS_HOSTNAME", value_name = "NAME")]
     xds_hostname: Option<String>,
@@ -45,9 +50,9 @@ pub(crate) struct SourceArgs {
     /// CA that certificates come from (default: the control plane); empty for the built-in one
     #[arg(long, env = "CA_ADDRESS", value_name = "ADDRESS")]
     ca_address: Option<String>,
-    /// File with the roots that vouch for the CA's server, or SYSTEM for those of the operating system
+    /// Roots that vouch for the CA's server: a file, PEM text, or SYSTEM for those of the operating system
     #[arg(long, env = "CA_ROOT_CA", value_name = "FILE", default_value = DEFAULT_ROOTS)]
-    ca_root_ca: PathBuf,
+    ca_root_ca: String,
     /// The CA's name in its server's certificate, if it is another than in its address
     #[arg(long, env = "ALT_CA_HOSTNAME", value_name = "NAME")]
     ca_hostname: Option<String>,
@@ -62,10 +67,10 @@ pub(crate) struct SourceArgs {
         default_value = "/var/lib/ambidex/ca"
     )]
     ca_dir: PathBuf,
-    /// File with the token for control plane and CA; empty for none (default: /var/run/secrets/tokens/istio-token, if it is
-    /// there)
-    #[arg(long, env = "AUTH_TOKEN", value_name = "FILE", value_parser = path)]
-    auth_token: Option<PathBuf>,
+    /// Token for control plane and CA: a file, or the token itself; empty for none (default:
+    /// /var/run/secrets/tokens/istio-token, if it is there)
+    #[arg(long, env = "AUTH_TOKEN", value_name = "FILE", hide_env_values = true)]
+    auth_token: Option<String>,
     /// Name of this node, told to the control plane
     #[arg(long, env = "NODE_NAME", default_value = "")]
     node_name: String,
@@ -97,28 +102,36 @@ impl SourceArgs {
             (None, None) => None,
         };
         let token = match self.auth_token {
-            Some(path) if path.as_os_str().is_empty() => None,
-            Some(path) => Some(path),
-            None => Some(PathBuf::from(DEFAULT_TOKEN)).filter(|path| path.exists()),
+            Some(text) => token(text),
+            None => Some(PathBuf::from(DEFAULT_TOKEN))
+                .filter(|path| path.exists())
+                .map(Token::File),
         };
-        let endpoint = |address: &str, roots: &Path, name: &Option<String>, headers: &str| {
+        let endpoint = |address: &str, roots: &str, name: &Option<String>, headers: &str| {
             anyhow::Ok(Endpoint {
                 address: address.parse::<Address>()?,
-                roots: if roots.as_os_str() == SYSTEM {
-                    Roots::System
-                } else {
-                    Roots::File(roots.to_owned())
+                roots: match roots {
+                    SYSTEM => Roots::System,
+                    text if text.contains(PEM) => Roots::Text(text.to_owned()),
+                    path => Roots::File(path.into()),
                 },
                 server_name: said(name),
                 token: token.clone(),
                 cluster_id: cluster_id.to_owned(),
                 headers: headers_from(std::env::vars(), headers),
+                keepalive: Keepalive::default(),
             })
         };
         // Said to be empty is not the same as not said.
-        let xds_address = self
-            .xds_address
-            .unwrap_or_else(|| DEFAULT_ADDRESS.to_owned());
+        let xds_address = self.xds_address.unwrap_or_else(|| {
+            let in_cluster = std::env::var_os(IN_CLUSTER).is_some();
+            let default = if in_cluster {
+                DEFAULT_ADDRESS
+            } else {
+                DEFAULT_ADDRESS_ELSEWHERE
+            };
+            default.to_owned()
+        });
         let ca_address = match (&self.ca_address, &local) {
             (Some(address), _) => address.clone(),
             (None, Some(_)) => String::new(),
@@ -163,6 +176,19 @@ impl SourceArgs {
             )
         };
         Ok((mesh, authority))
+    }
+}
+
+/// A token given as a file or as itself. What looks like a path is one even if there is no such file: it may be mounted
+/// later, and a path is no secret to send to somebody.
+fn token(text: String) -> Option<Token> {
+    let path = Path::new(&text);
+    if text.is_empty() {
+        None
+    } else if path.exists() || text.contains('/') {
+        Some(Token::File(path.to_owned()))
+    } else {
+        Some(Token::Text(text))
     }
 }
 
@@ -241,7 +267,7 @@ mod tests {
     const BUILT_IN: &str = "/var/lib/ambidex/ca";
 
     #[rstest::rstest]
-    #[case::nothing(&[], "https://istiod:15012", "https://istiod:15012")]
+    #[case::nothing(&[], "https://localhost:15012", "https://localhost:15012")]
     #[case::control_plane(&["--xds-address", "a:1"], "https://a:1", "https://a:1")]
     #[case::on_demand(&["--xds-address", "a:1", "--xds-on-demand"], "https://a:1 on demand", "https://a:1")]
     #[case::another_ca(&["--xds-address", "a:1", "--ca-address", "b:2"], "https://a:1", "https://b:2")]

@@ -18,6 +18,9 @@ use super::duration;
 /// Time that a pod's end leaves unused, so that the proxy is not killed while it cuts what is left.
 const GRACE_RESERVE: Duration = Duration::from_secs(5);
 
+/// The mark of the proxy's own packets in a pod (0x539), which the rules of both captures know.
+const PACKET_MARK: u32 = 1337;
+
 /// A proxy for a node, or for one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ProxyMode {
@@ -103,6 +106,15 @@ pub struct FieldArgs {
     /// What TLS is restricted to; peers that cannot do it are refused
     #[arg(long, env = "COMPLIANCE_POLICY", value_enum)]
     pub compliance_policy: Option<CompliancePolicy>,
+    /// Mark of the proxy's own packets in a pod; no other than 1337, which the agent's rules let pass
+    #[arg(long, env = "PACKET_MARK", value_name = "MARK", default_value_t = PACKET_MARK)]
+    pub packet_mark: u32,
+    /// Whether applications see the clients' addresses; they always do
+    #[arg(long, env = "ENABLE_ORIG_SRC", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub original_source: bool,
+    /// Whether two proxies may serve a pod while one replaces the other; they always may
+    #[arg(long, env = "INPOD_PORT_REUSE", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub port_reuse: bool,
     /// File that names the resolvers for what the mesh does not know
     #[arg(
         long,
@@ -131,6 +143,22 @@ impl FieldArgs {
             if self.keepalive && duration < Duration::from_secs(1) {
                 bail!("{name}: the kernel counts in seconds, so no less than 1s");
             }
+        }
+        if self.packet_mark != PACKET_MARK {
+            bail!(
+                "PACKET_MARK={}: packets with another mark than {PACKET_MARK} would be captured again by the agent's rules",
+                self.packet_mark
+            );
+        }
+        if !self.original_source {
+            bail!(
+                "ENABLE_ORIG_SRC=false: this proxy always keeps the clients' addresses, policies rely on them"
+            );
+        }
+        if !self.port_reuse {
+            bail!(
+                "INPOD_PORT_REUSE=false: this proxy always shares its ports in a pod with the one that replaces it"
+            );
         }
         if self.pool_max_streams == 0 {
             bail!("POOL_MAX_STREAMS_PER_CONNECTION: no less than 1");

@@ -8,7 +8,8 @@ use anyhow::Context;
 use control_plane::ads::{AdsClient, AdsConfig, AdsMetrics, NodeInfo};
 use control_plane::backoff::Backoff;
 use control_plane::ca::CaClient;
-use control_plane::transport::Endpoint;
+use control_plane::transport::{Endpoint, Roots, Token};
+use serde_json::{Value, json};
 use shared_proxy::identity::{CertificateAuthority, LocalCa};
 use shared_proxy::state::{Store, local_xds};
 use shared_proxy::telemetry::{Readiness, Telemetry};
@@ -64,7 +65,46 @@ impl Drop for Following {
     }
 }
 
+/// An endpoint as the configuration dump shows it: without the token itself, and without the values of headers, of which
+/// one may be a secret too.
+fn describe(endpoint: &Endpoint) -> Value {
+    json!({
+        "address": endpoint.address.to_string(),
+        "rootCert": match &endpoint.roots {
+            Roots::File(path) => path.display().to_string(),
+            Roots::Text(_) => "given as a text".to_owned(),
+            Roots::System => "SYSTEM".to_owned(),
+        },
+        "altHostname": endpoint.server_name,
+        "token": endpoint.token.as_ref().map(|token| match token {
+            Token::File(path) => path.display().to_string(),
+            Token::Text(_) => "given as a text".to_owned(),
+        }),
+        "clusterId": endpoint.cluster_id,
+        "headers": endpoint.headers.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+    })
+}
+
 impl MeshSource {
+    /// For the configuration dump.
+    pub(super) fn describe(&self) -> Value {
+        match self {
+            Self::File(path) => json!({ "file": path }),
+            Self::Text(_) => json!({ "text": true }),
+            Self::ControlPlane(followed) => json!({
+                "xds": describe(&followed.endpoint),
+                "onDemand": followed.on_demand,
+                "node": {
+                    "name": followed.node.pod_name,
+                    "namespace": followed.node.pod_namespace,
+                    "instanceIp": followed.node.instance_ip,
+                    "nodeName": followed.node.node_name,
+                    "metadata": followed.node.metadata,
+                },
+            }),
+        }
+    }
+
     /// Fills the store, now or as soon as the control plane answers, and keeps it up to date.
     pub(super) fn follow(
         &self,
@@ -108,6 +148,14 @@ impl MeshSource {
 }
 
 impl AuthoritySource {
+    /// For the configuration dump.
+    pub(super) fn describe(&self) -> Value {
+        match self {
+            Self::BuiltIn(dir) => json!({ "builtIn": dir }),
+            Self::Remote(endpoint) => json!({ "ca": describe(endpoint) }),
+        }
+    }
+
     pub(super) fn open(
         &self,
         trust_domain: &str,

@@ -9,7 +9,7 @@ pub mod balancing;
 pub mod gateway;
 pub mod local_xds;
 mod on_demand;
-mod persistent_map;
+pub mod persistent_map;
 pub mod policy;
 pub mod service;
 pub mod snapshot;

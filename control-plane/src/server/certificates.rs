@@ -26,6 +26,7 @@ impl UnaryService<CreateCertificateRequest> for Certificates {
         let shared = Arc::clone(&self.0);
         async move {
             shared.authenticate(request.metadata())?;
+            tracing::debug!(headers = ?super::shown(request.metadata()), "certificate asked for");
             let request = request.into_inner();
             // Reads the key from its file, and computes.
             tokio::task::spawn_blocking(move || issue(&shared, &request))
@@ -63,7 +64,7 @@ fn issue(
         let why = format!("the signing request names {identity}, the metadata {named}");
         return Err(Status::invalid_argument(why));
     }
-    tracing::info!(%identity, "certificate issued");
+    tracing::info!(%identity, valid_for = ?asked, "certificate issued");
     let cert_chain = [leaf.as_ref(), shared.ca.root().as_ref()].map(pem).into();
     Ok(CreateCertificateResponse { cert_chain })
 }

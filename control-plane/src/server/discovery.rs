@@ -32,6 +32,7 @@ impl StreamingService<DeltaDiscoveryRequest> for Discovery {
         let shared = Arc::clone(&self.0);
         async move {
             shared.authenticate(request.metadata())?;
+            tracing::debug!(headers = ?super::shown(request.metadata()), "discovery stream opened");
             let (sender, receiver) = mpsc::channel(WAITING);
             let stream = Stream {
                 catalogue: shared.catalogue.subscribe(),
@@ -98,6 +99,7 @@ impl Stream {
         if let Some(node) = &request.node {
             self.client.clone_from(&node.id);
             tracing::info!(client = %self.client, type_url = request.type_url, held = request.initial_resource_versions.len(), "client follows");
+            tracing::debug!(client = %self.client, metadata = ?node.metadata, "client says of itself");
         }
         let subscription = match request.type_url.as_str() {
             ADDRESS_TYPE => &mut self.types[0],

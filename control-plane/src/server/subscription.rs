@@ -1,11 +1,11 @@
 //! What one client follows of one type, and what it has been sent. No I/O.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::catalogue::Catalogue;
+use super::catalogue::{Catalogue, Encoded, Resources};
 use crate::ads::WILDCARD;
-use crate::messages::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use crate::messages::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 
 /// One type on one stream.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub(super) struct Subscription {
     held: HashMap<Arc<str>, Arc<str>>,
     /// Nonce of the response whose answer is awaited. Until then nothing is sent: what changes meanwhile goes together.
     outstanding: Option<String>,
+    /// The catalogue's revision with which `held` agrees. None: the client asked for something since.
+    seen: Option<u64>,
 }
 
 /// What a client said about the last response.
@@ -48,6 +50,7 @@ impl Subscription {
             first_due: false,
             held: HashMap::new(),
             outstanding: None,
+            seen: None,
         }
     }
 
@@ -56,6 +59,9 @@ impl Subscription {
         let first = !std::mem::replace(&mut self.begun, true);
         let nothing = request.resource_names_subscribe.is_empty()
             && request.resource_names_unsubscribe.is_empty();
+        if first || !nothing {
+            self.seen = None;
+        }
         if first {
             let held = request.initial_resource_versions.into_iter();
             self.held = held
@@ -104,48 +110,16 @@ impl Subscription {
         if self.outstanding.is_some() || !self.begun {
             return None;
         }
-        let mut removed: BTreeSet<String> = BTreeSet::new();
-        let mut again: BTreeSet<Arc<str>> = BTreeSet::new();
-        let mut wanted: BTreeMap<&str, &Arc<str>> = BTreeMap::new();
-        if self.wildcard {
-            wanted.extend(resources.keys().map(|name| (&**name, name)));
-        }
-        for name in &self.names {
-            let found = catalogue.resolve(&self.type_url, name);
-            if self.asked.contains(name) {
-                if found.is_empty() {
-                    removed.insert(name.clone());
-                }
-                again.extend(found.iter().cloned());
-            }
-            for name in found {
-                if let Some((name, _)) = resources.get_key_value(&name) {
-                    wanted.insert(name, name);
-                }
-            }
-        }
-        let mut changed = Vec::new();
-        for (&name, shared) in &wanted {
-            let Some(resource) = resources.get(name) else {
-                continue;
-            };
-            if again.contains(name) || self.held.get(name) != Some(&resource.version) {
-                changed.push(resource.message(name, &self.type_url));
-                self.held
-                    .insert(Arc::clone(shared), Arc::clone(&resource.version));
-            }
-        }
-        self.held.retain(|name, _| {
-            if wanted.contains_key(&**name) {
-                return true;
-            }
-            // What still exists is only not followed any more.
-            if !resources.contains_key(name) {
-                removed.insert(name.to_string());
-            }
-            false
+        let changed = self.seen.and_then(|seen| {
+            let changed = catalogue.changed_since(seen, &self.type_url);
+            // Which names a name stands for may change with any resource.
+            changed.filter(|changed| self.names.is_empty() || changed.is_empty())
         });
-        self.asked.clear();
+        let (changed, removed) = match changed {
+            Some(changed) => self.among(resources, &changed),
+            None => self.among_all(catalogue, resources),
+        };
+        self.seen = Some(catalogue.revision());
         let due = std::mem::take(&mut self.first_due);
         if changed.is_empty() && removed.is_empty() && !due {
             return None;
@@ -159,6 +133,84 @@ impl Subscription {
             nonce,
             removed_resources: removed.into_iter().collect(),
         })
+    }
+
+    /// What to send and what to remove, if nothing but these resources changed since the last look.
+    fn among(
+        &mut self,
+        resources: &Resources,
+        changed: &BTreeSet<Arc<str>>,
+    ) -> (Vec<Resource>, BTreeSet<String>) {
+        let mut sent = Vec::new();
+        let mut removed = BTreeSet::new();
+        for name in changed {
+            match resources.get(name) {
+                Some(resource) if self.wildcard => {
+                    if self.held.get(name) != Some(&resource.version) {
+                        sent.push(resource.message(name, &self.type_url));
+                        self.hold(name, resource);
+                    }
+                }
+                Some(_) => {}
+                None => {
+                    if self.held.remove(name).is_some() {
+                        removed.insert(name.to_string());
+                    }
+                }
+            }
+        }
+        (sent, removed)
+    }
+
+    /// The same by comparing all that the client follows with all that it holds.
+    fn among_all(
+        &mut self,
+        catalogue: &Catalogue,
+        resources: &Resources,
+    ) -> (Vec<Resource>, BTreeSet<String>) {
+        let mut removed: BTreeSet<String> = BTreeSet::new();
+        let mut again: BTreeSet<Arc<str>> = BTreeSet::new();
+        let mut wanted: BTreeSet<Arc<str>> = BTreeSet::new();
+        if self.wildcard {
+            wanted.extend(resources.iter().map(|(name, _)| Arc::clone(name)));
+        }
+        for name in &self.names {
+            let found = catalogue.resolve(&self.type_url, name);
+            if self.asked.contains(name) {
+                if found.is_empty() {
+                    removed.insert(name.clone());
+                }
+                again.extend(found.iter().cloned());
+            }
+            wanted.extend(found);
+        }
+        let mut sent = Vec::new();
+        for name in &wanted {
+            let Some(resource) = resources.get(name) else {
+                continue;
+            };
+            if again.contains(name) || self.held.get(name) != Some(&resource.version) {
+                sent.push(resource.message(name, &self.type_url));
+                self.hold(name, resource);
+            }
+        }
+        self.held.retain(|name, _| {
+            if wanted.contains(name) {
+                return true;
+            }
+            // What still exists is only not followed any more.
+            if !resources.contains_key(name) {
+                removed.insert(name.to_string());
+            }
+            false
+        });
+        self.asked.clear();
+        (sent, removed)
+    }
+
+    fn hold(&mut self, name: &Arc<str>, resource: &Encoded) {
+        let version = Arc::clone(&resource.version);
+        self.held.insert(Arc::clone(name), version);
     }
 }
 

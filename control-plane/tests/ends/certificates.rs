@@ -1,6 +1,7 @@
 use std::time::{Duration, SystemTime};
 
 use control_plane::ca::CaClient;
+use control_plane::transport::Token;
 use shared_proxy::identity::{CertificateAuthority, Identity};
 use tempfile::TempDir;
 
@@ -68,7 +69,7 @@ async fn a_token_is_needed_and_read_again_on_both_sides() {
     let served = serve(&dir, "127.0.0.1:0", true).await;
     let without = endpoint(&dir, &served.address.to_string());
     let mut with = without.clone();
-    with.token = Some(presented);
+    with.token = Some(Token::File(presented));
     let error = CaClient::new(without, DAY)
         .issue(&identity("web"))
         .await

@@ -3,6 +3,8 @@
 
 mod certificates;
 mod discovery;
+mod edges;
 mod hostile;
 mod rig;
 mod scale;
+mod script;

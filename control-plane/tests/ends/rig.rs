@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use control_plane::ads::{AdsClient, AdsConfig, AdsMetrics, NodeInfo};
 use control_plane::backoff::Backoff;
 use control_plane::server::{ControlPlane, ControlPlaneOptions};
-use control_plane::transport::{Endpoint, Roots};
+use control_plane::transport::{Endpoint, Keepalive, Roots};
 use prometheus_client::registry::Registry;
 use shared_proxy::identity::LocalCa;
 use shared_proxy::state::{Store, local_xds};
@@ -79,6 +79,7 @@ pub fn endpoint(dir: &TempDir, address: &str) -> Endpoint {
         token: None,
         cluster_id: "c1".to_owned(),
         headers: Vec::new(),
+        keepalive: Keepalive::default(),
     }
 }
 
@@ -91,6 +92,14 @@ pub struct Client {
 }
 
 pub fn follow(endpoint: Endpoint, on_demand: bool) -> Client {
+    let backoff = Backoff {
+        longest: Duration::from_millis(200),
+        ..Backoff::default()
+    };
+    follow_with(endpoint, on_demand, backoff)
+}
+
+pub fn follow_with(endpoint: Endpoint, on_demand: bool, backoff: Backoff) -> Client {
     let store = Arc::new(Store::new());
     let readiness = Readiness::new();
     let metrics = AdsMetrics::default();
@@ -104,10 +113,7 @@ pub fn follow(endpoint: Endpoint, on_demand: bool) -> Client {
             ..NodeInfo::default()
         },
         on_demand,
-        backoff: Backoff {
-            longest: Duration::from_millis(200),
-            ..Backoff::default()
-        },
+        backoff,
     };
     let ready = readiness.register("state manager");
     Client {

@@ -108,15 +108,16 @@ async fn a_large_mesh() {
     assert_eq!(client.store.load().workload_count(), count as usize);
 
     // One change, from the server's new mesh to the client's store.
-    let started = Instant::now();
     let changed = Workload {
         status: Health::Unhealthy,
         ..workload(7)
     };
     let uid = Arc::clone(&changed.uid);
+    let changes = [Change::Workload(Arc::new(changed))];
+    let started = Instant::now();
     served
         .control
-        .publish(whole.updated([Change::Workload(Arc::new(changed))]));
+        .update(whole.updated(changes.clone()), &changes);
     let encoded = started.elapsed();
     let unhealthy = || {
         let found = client.store.load().workload_by_uid(&uid);
@@ -130,7 +131,7 @@ async fn a_large_mesh() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     println!(
-        "one change: {encoded:?} to encode the mesh again, {:?} until the client has it",
+        "one change: {encoded:?} in the server, {:?} until the client has it",
         started.elapsed()
     );
 

@@ -1,16 +1,18 @@
 //! Serving the queries of one scope.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use hickory_proto::op::ResponseCode;
 use rand::seq::SliceRandom;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::UdpSocket;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::lookup::{Client, find};
 use super::message::{Incoming, LARGEST_TCP, Question, Transport, read};
@@ -23,6 +25,8 @@ use crate::drain::Signal;
 const LARGEST_QUERY: usize = 4096;
 /// How long a TCP connection may stay without a query (RFC 7766 leaves it to the server, "in the order of a few seconds").
 const IDLE: Duration = Duration::from_secs(10);
+/// Queries of one TCP connection that wait for a resolver at the same time. More are read when one of these is answered.
+const PIPELINED: usize = 16;
 /// Datagrams that are read in one go before other tasks have their turn.
 const BATCH: usize = 32;
 /// Pause after an error of the socket itself: reading at once would fail again.
@@ -103,6 +107,21 @@ impl Server {
         Reply::Now(question.addresses(&addresses, known.alias_of.as_deref()))
     }
 
+    /// Whether a pod is one of the resolvers, or behind the address of one. Its questions come from resolving somebody's; to
+    /// ask it again would never end.
+    fn is_resolver(&self, pod: IpAddr) -> bool {
+        let mut upstreams = self.config.upstreams.iter().map(SocketAddr::ip);
+        let snapshot = self.attachment.core.store.load();
+        upstreams.any(|resolver| {
+            let service = snapshot.service_by_vip(resolver);
+            resolver == pod
+                || service.is_some_and(|service| {
+                    let mut endpoints = snapshot.endpoints(&service).iter();
+                    endpoints.any(|endpoint| endpoint.addresses.contains(&pod))
+                })
+        })
+    }
+
     /// Asks the resolvers. Too many questions at a time are not queued: the client asks again by itself.
     async fn ask(
         &self,
@@ -112,6 +131,10 @@ impl Server {
         pod: SocketAddr,
         transport: Transport,
     ) -> Vec<u8> {
+        if self.is_resolver(pod.ip()) {
+            tracing::warn!(pod = %pod.ip(), "a resolver's own DNS queries are captured: it would be asked its own questions, so they are refused; leave it out of the capture of DNS");
+            return question.error(ResponseCode::ServFail);
+        }
         let Ok(_permit) = self.waiting.try_acquire() else {
             tracing::debug!(%pod, "DNS query refused: too many wait for an answer");
             return question.error(ResponseCode::ServFail);
@@ -203,60 +226,75 @@ fn serve_datagram(
     }
 }
 
-/// Answers the queries of one TCP connection, one after the other, until the client closes it or is silent.
+/// Answers the queries of one TCP connection until the client closes it or is silent. A query need not wait for the answer
+/// to the one before (RFC 7766): each is answered as soon as its answer is there.
 pub(crate) async fn tcp(server: Server, captured: Captured, signal: Signal) {
     let Ok(_permit) = Arc::clone(&server.connections).try_acquire_owned() else {
         return;
     };
     let client = captured.client.0;
-    let mut stream = captured.stream;
-    let Ok(local) = stream.local_addr() else {
+    let Ok(local) = captured.stream.local_addr() else {
         return;
     };
     let Some(pod) = server.owner(client, local) else {
         return;
     };
-    loop {
-        let query = tokio::select! {
+    let (reader, mut writer) = captured.stream.into_split();
+    let mut asking = FuturesUnordered::new();
+    // Kept over the turns of the loop, because a query that has been read in part cannot be read again.
+    let mut receiving = Box::pin(receive_framed(reader));
+    let mut open = true;
+    while open || !asking.is_empty() {
+        let idle = sleep(IDLE);
+        let answer = tokio::select! {
             biased;
-            () = signal.draining() => return,
-            query = timeout(IDLE, receive_framed(&mut stream)) => query,
-        };
-        let Ok(Ok(Some(query))) = query else {
-            return;
-        };
-        let answer = match server.answer(&query, Transport::Tcp, &pod) {
-            Reply::Now(answer) => answer,
-            Reply::Ask(question, exists) => {
-                let asking = server.ask(&question, &query, exists, client, Transport::Tcp);
-                tokio::select! {
-                    biased;
-                    () = signal.cut() => return,
-                    answer = asking => answer,
+            () = signal.cut() => return,
+            // Nothing more is read, what was asked is answered.
+            () = signal.draining(), if open => {
+                open = false;
+                continue;
+            }
+            Some(answer) = asking.next() => answer,
+            received = &mut receiving, if open && asking.len() < PIPELINED => {
+                let Ok(Some((query, reader))) = received else {
+                    open = false;
+                    continue;
+                };
+                receiving.set(receive_framed(reader));
+                match server.answer(&query, Transport::Tcp, &pod) {
+                    Reply::Now(answer) => answer,
+                    Reply::Ask(question, exists) => {
+                        let server = &server;
+                        asking.push(async move {
+                            server.ask(&question, &query, exists, client, Transport::Tcp).await
+                        });
+                        continue;
+                    }
+                    Reply::Nothing => return,
                 }
             }
-            Reply::Nothing => return,
+            () = idle, if asking.is_empty() => return,
         };
-        let sent = timeout(IDLE, send_framed(&mut stream, &answer)).await;
+        let sent = timeout(IDLE, send_framed(&mut writer, &answer)).await;
         if !matches!(sent, Ok(Ok(()))) {
             return;
         }
     }
 }
 
-/// One query behind its length; none when the client has closed.
-async fn receive_framed(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
-    let length = match stream.read_u16().await {
+/// One query behind its length, and where the next one comes from; none when the client has closed.
+async fn receive_framed(mut reader: OwnedReadHalf) -> io::Result<Option<(Vec<u8>, OwnedReadHalf)>> {
+    let length = match reader.read_u16().await {
         Ok(length) => usize::from(length),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(error),
     };
     let mut query = vec![0; length];
-    stream.read_exact(&mut query).await?;
-    Ok(Some(query))
+    reader.read_exact(&mut query).await?;
+    Ok(Some((query, reader)))
 }
 
-async fn send_framed(stream: &mut TcpStream, answer: &[u8]) -> io::Result<()> {
+async fn send_framed(stream: &mut OwnedWriteHalf, answer: &[u8]) -> io::Result<()> {
     let length = u16::try_from(answer.len()).unwrap_or(LARGEST_TCP);
     let mut framed = Vec::with_capacity(answer.len() + 2);
     framed.extend_from_slice(&length.to_be_bytes());

@@ -18,7 +18,7 @@ const LEAF: usize = 16;
 const MAX_DEPTH: u32 = u64::BITS / BITS;
 
 /// Maps keys to values. Cloning it is cheap; changing it copies what another clone shares.
-pub(crate) struct PersistentMap<K, V, S = RandomState> {
+pub struct PersistentMap<K, V, S = RandomState> {
     root: Arc<Node<K, V>>,
     len: usize,
     hasher: S,
@@ -36,11 +36,18 @@ fn child(hash: u64, depth: u32) -> usize {
 }
 
 impl<K: Hash + Eq + Clone, V: Clone, S: BuildHasher> PersistentMap<K, V, S> {
-    pub(crate) fn len(&self) -> usize {
+    /// How many keys there are.
+    pub fn len(&self) -> usize {
         self.len
     }
 
-    pub(crate) fn get<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<&V>
+    /// Whether there is no key.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The value of a key.
+    pub fn get<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<&V>
     where
         K: Borrow<Q>,
     {
@@ -61,23 +68,24 @@ impl<K: Hash + Eq + Clone, V: Clone, S: BuildHasher> PersistentMap<K, V, S> {
         }
     }
 
-    pub(crate) fn contains_key<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> bool
+    /// Whether a key has a value.
+    pub fn contains_key<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> bool
     where
         K: Borrow<Q>,
     {
         self.get(key).is_some()
     }
 
-    /// The value that the key had.
-    pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
+    /// Gives a key a value. Returns the one that it had.
+    pub fn insert(&mut self, key: K, value: V) -> Option<V> {
         let hash = self.hasher.hash_one(&key);
         let previous = insert(Arc::make_mut(&mut self.root), 0, hash, key, value);
         self.len += usize::from(previous.is_none());
         previous
     }
 
-    /// The value that the key had. Branches stay divided: what grew once may grow again, and an empty leaf is small.
-    pub(crate) fn remove<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<V>
+    /// Takes a key out. Returns the value that it had. Branches stay divided: what grew once may grow again, and an empty leaf is small.
+    pub fn remove<Q: Hash + Eq + ?Sized>(&mut self, key: &Q) -> Option<V>
     where
         K: Borrow<Q>,
     {
@@ -104,7 +112,7 @@ impl<K: Hash + Eq + Clone, V: Clone, S: BuildHasher> PersistentMap<K, V, S> {
     }
 
     /// All entries, in no order.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         let mut pending = vec![&*self.root];
         std::iter::from_fn(move || {
             loop {

@@ -166,13 +166,7 @@ impl Snapshot {
             snapshot.put_service(Arc::new(service));
         }
         for policy in policies {
-            let key = policy.key();
-            if snapshot.policies.contains_key(&*key) {
-                return Err(SnapshotError::Twice {
-                    kind: "policy",
-                    key,
-                });
-            }
+            snapshot.check_policy(&policy)?;
             snapshot.put_policy(Arc::new(policy));
         }
         let mut endpoints = EndpointChanges::default();
@@ -193,7 +187,7 @@ impl Snapshot {
         self
     }
 
-    fn check_service(&self, service: &Service) -> Result<(), SnapshotError> {
+    pub(super) fn check_service(&self, service: &Service) -> Result<(), SnapshotError> {
         let key = service.key();
         for vip in &service.vips {
             if let Some(other) = self.service_by_address(vip)
@@ -215,7 +209,18 @@ impl Snapshot {
         Ok(())
     }
 
-    fn check_workload(&self, workload: &Workload) -> Result<(), SnapshotError> {
+    pub(super) fn check_policy(&self, policy: &Policy) -> Result<(), SnapshotError> {
+        let key = policy.key();
+        if self.policies.contains_key(&*key) {
+            return Err(SnapshotError::Twice {
+                kind: "policy",
+                key,
+            });
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_workload(&self, workload: &Workload) -> Result<(), SnapshotError> {
         let alone = workload.network_mode != NetworkMode::HostNetwork;
         for address in workload.network_addresses().filter(|_| alone) {
             if let Some(other) = self.workload_by_address(&address)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::policy::PolicyScope;
 use super::snapshot::Holders;
-use super::{NamespacedHostname, Policy, Service, Snapshot, Workload};
+use super::{NamespacedHostname, Policy, Service, Snapshot, SnapshotError, Workload};
 
 /// One object that comes, changes or goes.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,29 +53,57 @@ impl Snapshot {
         let mut next = self.clone();
         let mut endpoints = EndpointChanges::default();
         for change in changes {
-            match change {
-                Change::Workload(workload) => next.put_workload(workload, &mut endpoints),
-                Change::Service(service) => next.put_service(service),
-                Change::Policy(policy) => next.put_policy(policy),
-                Change::RemoveWorkload(uid) => {
-                    if let Some(workload) = next.workloads.remove(&uid) {
-                        next.withdraw_workload(&workload, &mut endpoints);
-                    }
-                }
-                Change::RemoveService(key) => {
-                    if let Some(service) = next.services.remove(&key) {
-                        next.withdraw_service(&service);
-                    }
-                }
-                Change::RemovePolicy(key) => {
-                    if let Some(policy) = next.policies.remove(&key) {
-                        next.withdraw_policy(&policy);
-                    }
-                }
-            }
+            next.make(change, &mut endpoints);
         }
         next.settle(endpoints);
         next
+    }
+
+    /// The same, as strict as [`Snapshot::new`]: for whoever knows all objects and takes out what changes before putting it
+    /// in again.
+    ///
+    /// # Errors
+    /// An object comes whose key or, hosts' addresses apart, whose address another one has at that point.
+    pub fn updated_strictly(
+        &self,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> Result<Self, SnapshotError> {
+        let mut next = self.clone();
+        let mut endpoints = EndpointChanges::default();
+        for change in changes {
+            match &change {
+                Change::Workload(workload) => next.check_workload(workload)?,
+                Change::Service(service) => next.check_service(service)?,
+                Change::Policy(policy) => next.check_policy(policy)?,
+                _ => {}
+            }
+            next.make(change, &mut endpoints);
+        }
+        next.settle(endpoints);
+        Ok(next)
+    }
+
+    fn make(&mut self, change: Change, endpoints: &mut EndpointChanges) {
+        match change {
+            Change::Workload(workload) => self.put_workload(workload, endpoints),
+            Change::Service(service) => self.put_service(service),
+            Change::Policy(policy) => self.put_policy(policy),
+            Change::RemoveWorkload(uid) => {
+                if let Some(workload) = self.workloads.remove(&uid) {
+                    self.withdraw_workload(&workload, endpoints);
+                }
+            }
+            Change::RemoveService(key) => {
+                if let Some(service) = self.services.remove(&key) {
+                    self.withdraw_service(&service);
+                }
+            }
+            Change::RemovePolicy(key) => {
+                if let Some(policy) = self.policies.remove(&key) {
+                    self.withdraw_policy(&policy);
+                }
+            }
+        }
     }
 
     pub(super) fn put_workload(

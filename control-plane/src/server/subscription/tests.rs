@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use shared_proxy::state::local_xds;
+use shared_proxy::state::{Snapshot, local_xds};
 
 use super::*;
 use crate::messages::discovery::Status;
@@ -13,13 +13,15 @@ const TWO_MOVED: &str = "- {uid: two, namespace: a, workloadIps: [10.0.0.22], se
 const WEB: &str =
     "services:\n- {name: web, namespace: a, hostname: web, vips: [/10.1.0.1], ports: {80: 80}}\n";
 
-fn mesh(workloads: &[&str]) -> Catalogue {
+fn mesh(workloads: &[&str]) -> Snapshot {
     let text = format!("workloads:\n{}{WEB}", workloads.concat());
-    Catalogue::new(local_xds::parse(&text).unwrap())
+    local_xds::parse(&text).unwrap()
 }
 
+/// A client, and the server's catalogue as it was when it heard last.
 struct Client {
     subscription: Subscription,
+    catalogue: Catalogue,
     nonces: u32,
 }
 
@@ -35,6 +37,7 @@ impl Client {
     fn new() -> Self {
         Self {
             subscription: Subscription::new(ADDRESS_TYPE),
+            catalogue: Catalogue::default(),
             nonces: 0,
         }
     }
@@ -52,8 +55,10 @@ impl Client {
         });
     }
 
-    fn hears(&mut self, catalogue: &Catalogue) -> Said {
-        let response = self.subscription.next(catalogue, || {
+    /// Another mesh is published, and the client told what there is to tell.
+    fn hears(&mut self, mesh: &Snapshot) -> Said {
+        self.catalogue = self.catalogue.replaced(mesh.clone());
+        let response = self.subscription.next(&self.catalogue, || {
             self.nonces += 1;
             self.nonces.to_string()
         })?;
@@ -119,8 +124,13 @@ fn what_was_refused_is_not_sent_again_unless_it_changes() {
 #[test]
 fn a_client_that_comes_back_gets_the_differences() {
     let both = mesh(&[ONE, TWO]);
+    let catalogue = Catalogue::new(both.clone());
     let version = |name: &str| {
-        both.resources(ADDRESS_TYPE).unwrap()[name]
+        catalogue
+            .resources(ADDRESS_TYPE)
+            .unwrap()
+            .get(name)
+            .unwrap()
             .version
             .to_string()
     };
@@ -188,4 +198,85 @@ fn policies_are_their_own_type() {
     let response = subscription.next(&catalogue, || "1".to_owned()).unwrap();
     assert_eq!(response.resources[0].name, "a/p");
     assert_eq!(response.type_url, AUTHORIZATION_TYPE);
+}
+
+/// Whatever is published in whichever order, and however seldom the client listens: what it holds in the end is the mesh.
+#[test]
+fn a_client_that_listens_now_and_then_holds_the_mesh() {
+    let resources: Vec<String> = (1..6)
+        .map(|n| format!("- {{uid: w{n}, namespace: a, workloadIps: [10.0.0.{n}], services: {{}}, capacity: CAP}}\n"))
+        .collect();
+    let mut random = 7_u32;
+    let mut next = |below: u32| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (random >> 16) % below
+    };
+    let mut client = Client::new();
+    client.asks(&[], &[], &[]);
+    let mut held: std::collections::BTreeMap<String, Vec<u8>> = Default::default();
+    let mut nonces = 0;
+    for _ in 0..500 {
+        let mut present = Vec::new();
+        for text in &resources {
+            if next(3) > 0 {
+                present.push(text.replace("CAP", &(1 + next(2)).to_string()));
+            }
+        }
+        let present: Vec<&str> = present.iter().map(String::as_str).collect();
+        client.catalogue = client.catalogue.replaced(mesh(&present));
+        if next(3) > 0 {
+            continue;
+        }
+        let response = client.subscription.next(&client.catalogue, || {
+            nonces += 1;
+            nonces.to_string()
+        });
+        if let Some(response) = response {
+            for resource in response.resources {
+                held.insert(resource.name, resource.resource.unwrap().value.to_vec());
+            }
+            for name in response.removed_resources {
+                assert!(held.remove(&name).is_some(), "{name} was not held");
+            }
+            client.answers(nonces, None);
+        }
+        let wanted: std::collections::BTreeMap<String, Vec<u8>> = client
+            .catalogue
+            .resources(ADDRESS_TYPE)
+            .unwrap()
+            .iter()
+            .map(|(name, resource)| {
+                let message = resource.message(name, ADDRESS_TYPE);
+                (name.to_string(), message.resource.unwrap().value.to_vec())
+            })
+            .collect();
+        assert_eq!(held, wanted);
+    }
+    assert!(nonces > 50);
+}
+
+/// Only the resources that a change is about are made again.
+#[test]
+fn what_does_not_change_is_not_encoded_again() {
+    let before = Catalogue::new(mesh(&[ONE, TWO]));
+    let after = before.replaced(mesh(&[ONE, TWO_MOVED]));
+    let place = |catalogue: &Catalogue, name: &str| {
+        let resources = catalogue.resources(ADDRESS_TYPE).unwrap();
+        let message = resources.get(name).unwrap().message(name, ADDRESS_TYPE);
+        message.resource.unwrap().value.as_ptr()
+    };
+    assert_eq!(place(&before, "one"), place(&after, "one"));
+    assert_ne!(place(&before, "two"), place(&after, "two"));
+    let changed = after
+        .changed_since(before.revision(), ADDRESS_TYPE)
+        .unwrap();
+    assert_eq!(
+        changed.iter().map(|name| &**name).collect::<Vec<_>>(),
+        ["two"]
+    );
+    // Who has missed more than is remembered goes through all.
+    assert_eq!(
+        Catalogue::new(mesh(&[])).changed_since(7, ADDRESS_TYPE),
+        None
+    );
 }
