@@ -10,6 +10,7 @@
 
 mod admission;
 pub mod api;
+mod check;
 mod enrol;
 mod events;
 mod lock;

@@ -8,8 +8,8 @@ mod config;
 mod event;
 mod run;
 
-pub use config::{Attachment, CniArgs, NetConf};
-pub use event::{PodEvent, PodIp, ValidSandboxes};
+pub use config::{Captured, CniArgs, NetConf};
+pub use event::{Attachment, PodEvent, PodIp, ValidAttachments};
 pub use run::main;
 
 use serde::Serialize;
@@ -89,6 +89,15 @@ impl CniError {
         Self {
             code: 50,
             msg: "plugin not available",
+            details: details.into(),
+        }
+    }
+
+    /// Code 51: the plugin cannot take an ADD, and the containers that are there may not reach anybody.
+    pub fn limited(details: impl Into<String>) -> Self {
+        Self {
+            code: 51,
+            msg: "plugin not available, existing containers may have limited connectivity",
             details: details.into(),
         }
     }

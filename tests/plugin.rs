@@ -15,6 +15,7 @@ use lab::standing::{Daemon, Lab};
 use lab::topology::Mode;
 use nix::sys::signal::Signal;
 use rstest::rstest;
+use runtime::hostile;
 use runtime::{
     Sandbox, ambidex, assert_same, dumps, pods, replace_agent, request, send, start_agent, state_of,
 };
@@ -340,27 +341,87 @@ fn the_other_verbs(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
         json!(["0.3.1", "0.4.0", "1.0.0", "1.0.1", "1.1.0"])
     );
 
-    // Garbage collection takes away who is neither listed nor there, and nobody else.
-    let gone = Sandbox::wired(lab, "gone1", Ipv4Addr::new(10, 244, 1, 120));
-    gone.add(lab);
+    // What no attachment to the network owns goes, also when it is still there; of other networks, only what is gone.
     let mut config = sandbox.config(lab);
-    config["cni.dev/valid-attachments"] = json!([{"containerID": "elsewhere", "ifname": "eth0"}]);
-    let config = config.to_string();
-    sandbox.call_with("GC", config.as_bytes()).with_code(0);
-    assert_eq!(pods(lab).len(), 3, "they are all there");
-    gone.destroy(lab);
-    sandbox.call_with("GC", config.as_bytes()).with_code(0);
-    assert_eq!(state_of(lab, &gone.uid), None);
-    assert_eq!(pods(lab).len(), 2);
+    let mut collect = |network: &str, owners: &[&Sandbox]| {
+        let attachment = |s: &&Sandbox| json!({"containerID": s.container_id, "ifname": "eth0"});
+        config["name"] = json!(network);
+        config["cni.dev/valid-attachments"] = owners.iter().map(attachment).collect();
+        sandbox
+            .call_with("GC", config.to_string().as_bytes())
+            .with_code(0);
+        pods(lab).len()
+    };
+    let network = Sandbox::network(lab);
+    let other = Sandbox::of(lab, "pod1-1");
+    let untouched = dumps(lab, &["node1", "proxy1"]);
+    let forgotten = Sandbox::wired(lab, "gone1", Ipv4Addr::new(10, 244, 1, 120));
+    let wired = harness::dump(&host_net::netns::Netns::open(&forgotten.netns).unwrap());
+    forgotten.add(lab);
+    assert_eq!(collect(&network, &[&sandbox, &other, &forgotten]), 3);
+    assert_eq!(collect("elsewhere", &[]), 3);
+    assert_eq!(collect(&network, &[&sandbox, &other]), 2);
+    assert_eq!(state_of(lab, &forgotten.uid), None);
+    let inside = harness::dump(&host_net::netns::Netns::open(&forgotten.netns).unwrap());
+    assert_eq!(inside, wired);
+    forgotten.add(lab);
+    forgotten.destroy(lab);
+    assert_eq!(collect("elsewhere", &[]), 2);
+    assert_same("collected", &untouched, &dumps(lab, &["node1", "proxy1"]));
+
+    // A second attachment of a captured sandbox is refused, and its end does not end the capture.
+    let mut second = sandbox.config(lab);
+    second["name"] = json!("elsewhere");
+    let second = second.to_string().into_bytes();
+    let refused = sandbox.call_with("ADD", &second).cni_error();
+    assert_eq!(refused["code"], 7, "{refused}");
+    let details = refused["details"].as_str().unwrap();
+    assert!(details.contains("of network elsewhere"), "{details}");
+    sandbox.call_with("DEL", &second).with_code(0);
+    sandbox.call(lab, "CHECK").with_code(0);
+
+    let mut elsewhere = sandbox.config(lab);
+    elsewhere["prevResult"]["ips"][0]["address"] = json!("10.244.1.99/32");
+    let error = sandbox
+        .call_with("CHECK", elsewhere.to_string().as_bytes())
+        .cni_error();
+    let details = error["details"].as_str().unwrap();
+    for found in ["not an address that is captured", "not on any of its"] {
+        assert!(details.contains(found), "{details}");
+    }
+
+    // Nobody listens any more: the kernel says so, whatever the agent remembers.
+    let listener = if mode == Mode::Node {
+        "proxy1"
+    } else {
+        "pod1-2"
+    };
+    let close = ["ss", "-K", "-t", "state", "listening", "sport = 15008"];
+    lab.run(listener, &close, Duration::from_secs(5))
+        .unwrap()
+        .success("ss -K")
+        .unwrap();
+    let details = sandbox.call(lab, "CHECK").cni_error()["details"].to_string();
+    assert!(
+        details.contains("does not listen on port 15008"),
+        "{details}"
+    );
 
     lab.kill(1, Daemon::Proxy).unwrap();
     eventually("the agent sees it", Duration::from_secs(5), || {
         !lab.is_ready(1)
     });
     let error = sandbox.call(lab, "STATUS").cni_error();
-    assert_eq!(error["code"], 50, "{error}");
+    assert_eq!(error["code"], 51, "{error}");
     let details = sandbox.call(lab, "CHECK").cni_error()["details"].to_string();
     assert!(details.contains("no proxy is connected"), "{details}");
+    sandbox.del(lab);
+    other.del(lab);
+    let error = sandbox.call(lab, "STATUS").cni_error();
+    assert_eq!(error["code"], 50, "nobody is captured: {error}");
+    lab.kill(1, Daemon::Agent).unwrap();
+    let error = sandbox.call(lab, "STATUS").cni_error();
+    assert_eq!(error["code"], 50, "{error}");
 }
 
 /// Whatever the plugin or the agent is sent: a clear error, and nothing changes.
@@ -373,112 +434,9 @@ fn hostile_input_changes_nothing() {
     let before = dumps(lab, &PLACES);
     let known = pods(lab);
 
-    let config = sandbox.config(lab);
-    let with = |key: &str, value: Value| {
-        let mut config = config.clone();
-        config[key] = value;
-        config.to_string().into_bytes()
-    };
-    let ips = |value: Value| with("prevResult", json!({"cniVersion": "1.1.0", "ips": value}));
-    let deep = "[".repeat(100_000).into_bytes();
-    let inputs: Vec<(Vec<u8>, u64)> = vec![
-        (b"".to_vec(), 6),
-        (b"null".to_vec(), 6),
-        (b"[]".to_vec(), 6),
-        (b"{".to_vec(), 6),
-        (b"{}".to_vec(), 7),
-        (b"\xff\xfe\x00".to_vec(), 6),
-        (deep, 6),
-        (vec![b' '; 5 << 20], 6),
-        (with("cniVersion", json!("0.1.0")), 1),
-        (with("cniVersion", json!("99.0.0")), 1),
-        (with("cniVersion", json!(1)), 6),
-        (with("ambient_enabled", json!("yes")), 6),
-        (with("cni_agent_run_dir", json!(7)), 6),
-        (with("cni_agent_run_dir", json!("/nowhere")), 11),
-        (with("cni_agent_run_dir", json!("a".repeat(5000))), 11),
-        (with("exclude_namespaces", json!("x")), 6),
-        (with("ambidex", json!({"other": 1})), 6),
-        (with("prevResult", Value::Null), 7),
-        (ips(json!({})), 7),
-        (ips(json!([{}])), 7),
-        (ips(json!([{"address": "10.244.1.11"}])), 7),
-        (ips(json!([{"address": "10.244.1.11/33"}])), 7),
-        (ips(json!([{"address": "fd00::1/128"}])), 7),
-        (ips(json!([{"address": "127.0.0.1/8"}])), 7),
-        (
-            ips(json!([{"address": "10.244.1.11/32", "gateway": "x"}])),
-            7,
-        ),
-        (ips(json!([{"address": "10.244.1.77/32"}])), 7),
-        (
-            ips(json!(vec![json!({"address": "10.244.1.11/32"}); 500])),
-            7,
-        ),
-    ];
-    for (input, code) in &inputs {
-        let shown: String = String::from_utf8_lossy(input).chars().take(200).collect();
-        let done = sandbox.call_with("ADD", input);
-        let error = done.cni_error();
-        assert_eq!(error["code"], *code, "{shown}: {error}");
-    }
-    assert!(inputs.len() >= 20);
-
-    let event = sandbox.event();
-    let but = |key: &str, value: Value| {
-        let mut event = event.clone();
-        event[key] = value;
-        event.to_string().into_bytes()
-    };
-    let node = host_net::netns::Netns::path_of(&lab.topology().node(1).unwrap().netns);
-    let proxy = host_net::netns::Netns::path_of(&lab.topology().node(1).unwrap().proxy_netns);
-    let address = |ip: &str, mask: &str| json!([{"Interface": null, "Address": {"IP": ip, "Mask": mask}, "Gateway": null}]);
-    let bodies: Vec<Vec<u8>> = vec![
-        b"".to_vec(),
-        b"null".to_vec(),
-        b"[1]".to_vec(),
-        b"{".to_vec(),
-        b"{}".to_vec(),
-        b"\xff".to_vec(),
-        b"[".repeat(200_000),
-        but("Netns", json!("")),
-        but("Netns", json!("run/netns/x")),
-        but("Netns", json!("/run/netns/absent")),
-        but("Netns", json!("/etc/passwd")),
-        but("Netns", json!("/proc/self/ns/mnt")),
-        but("Netns", json!("/dev/zero")),
-        but("Netns", json!(node)),
-        but("Netns", json!(proxy)),
-        but("PodName", json!("")),
-        but("PodName", json!("x\u{1b}[31m2")),
-        but("PodName", json!("x".repeat(300))),
-        but("PodNamespace", json!("../../etc")),
-        but("PodNamespace", json!("a\nb")),
-        but("PodUID", json!("../../../tmp/x")),
-        but("PodUID", json!(".hidden")),
-        but("PodUID", json!("u".repeat(129))),
-        but("PodUID", json!("a b;rm -rf")),
-        but("ContainerID", json!("\u{0}")),
-        but("ServiceAccount", json!("sa/../other")),
-        but("IPs", Value::Null),
-        but("IPs", json!("10.0.0.1")),
-        but("IPs", address("10.244.1.11", "////")),
-        but("IPs", address("0.0.0.0", "/////w==")),
-        but("IPs", address("224.0.0.1", "/////w==")),
-        but("IPs", address("127.0.0.1", "/////w==")),
-        but("IPs", address("10.244.1.1", "/////w==")),
-        but("IPs", address("10.244.1.10", "/////w==")),
-    ];
-    for body in &bodies {
-        let shown: String = String::from_utf8_lossy(body).chars().take(200).collect();
-        let (status, text) = request(lab, "pluginevent.sock", "POST /cmdadd", body);
-        assert_eq!(status, 400, "{shown}: {text}");
-        assert!(
-            text.len() > 10 && !text.contains('\u{1b}'),
-            "{shown}: {text}"
-        );
-    }
-    assert!(bodies.len() >= 20);
+    hostile::inputs(lab, &sandbox);
+    hostile::environments(lab, &sandbox);
+    hostile::bodies(lab, &sandbox);
     for (head, wanted) in [
         ("GET /cmdadd", 404),
         ("POST /elsewhere", 404),

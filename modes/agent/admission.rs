@@ -74,6 +74,11 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
     if !event.container_id.is_empty() {
         well_formed("ContainerID", &event.container_id, UID_LIMIT)?;
     }
+    for (what, value) in [("Network", &event.network), ("IfName", &event.if_name)] {
+        if !value.is_empty() {
+            well_formed(what, value, NAME_LIMIT)?;
+        }
+    }
     let service_account = if event.service_account.is_empty() {
         "default"
     } else {
@@ -110,11 +115,36 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
         netns: path,
         netns_id: netns.id(),
         container_id: event.container_id.clone(),
+        network: event.network.clone(),
+        if_name: event.if_name.clone(),
         mode,
         state: PodState::Pending,
     };
+    refuse_second_attachment(agent, &pod)?;
     refuse_wrong_place(agent, &pod, &netns, address).await?;
     Ok(Some(pod))
+}
+
+/// One attachment of a sandbox is captured: rules, listeners and identity are the sandbox's, so the end of a second
+/// attachment would end the capture of the first.
+fn refuse_second_attachment(agent: &Agent, pod: &Pod) -> Result<(), EnrolError> {
+    let Some(known) = agent.pods.get(&pod.uid) else {
+        return Ok(());
+    };
+    let same_sandbox = known.container_id == pod.container_id && known.netns_id == pod.netns_id;
+    let said = ![&known.network, &pod.network].contains(&&String::new());
+    if same_sandbox && said && (&known.network, &known.if_name) != (&pod.network, &pod.if_name) {
+        return Err(invalid(format!(
+            "pod {} is captured on {} of network {} and cannot be on {} of network {} too: put this plugin in the chain \
+             of one of them only",
+            pod.qualified_name(),
+            known.if_name,
+            known.network,
+            pod.if_name,
+            pod.network
+        )));
+    }
+    Ok(())
 }
 
 /// A pod is captured in a namespace of its own that has its address.

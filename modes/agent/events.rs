@@ -4,11 +4,12 @@
 //! |---|---|
 //! | `POST /cmdadd` with a pod | the pod is captured, or is none that this node captures |
 //! | `POST /cmddel` with a pod | nothing of it is left; also when it was never there |
-//! | `POST /cmdcheck` with a pod | its capture is complete |
-//! | `POST /cmdgc` with the sandboxes that exist | pods that are gone are taken away |
+//! | `POST /cmdcheck` with a pod | its capture was found complete in the kernel |
+//! | `POST /cmdgc` with the attachments to a network | what none of them owns is taken away |
 //! | `GET /status` | a pod could be captured |
 //!
-//! Otherwise 400 the request is wrong, 503 try again, 500 anything else, with a sentence.
+//! Otherwise 400 the request is wrong, 503 try again, 502 (of `/status`) the same while captured pods have no proxy, 500
+//! anything else, with a sentence.
 
 use std::io;
 use std::sync::Arc;
@@ -17,9 +18,9 @@ use http::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 
 use super::admission::pod_of;
-use super::api::Subject;
-use super::{Agent, EnrolError, Pod, PodState};
-use crate::cni::{PodEvent, ValidSandboxes};
+use super::check::check;
+use super::{Agent, EnrolError, Pod};
+use crate::cni::{PodEvent, ValidAttachments};
 use crate::unix_http::{Answer, Caller};
 
 /// Answers one request.
@@ -33,9 +34,7 @@ async fn answer(
     let outcome = match (method, path.as_str()) {
         (Method::GET, "/status") => match agent.ready() {
             Ok(()) => return Answer::text(StatusCode::OK, "ready\n"),
-            Err(why) => {
-                return Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
-            }
+            Err(why) => return Answer::text(agent.status_without_add(), format!("{why}\n")),
         },
         (Method::POST, "/cmdadd") => match parse(&body) {
             Ok(event) => add(&agent, &event, &caller).await,
@@ -50,10 +49,7 @@ async fn answer(
             Err(error) => Err(error),
         },
         (Method::POST, "/cmdgc") => match parse(&body) {
-            Ok(valid) => {
-                collect_garbage(&agent, &valid).await;
-                Ok(())
-            }
+            Ok(valid) => collect_garbage(&agent, &valid).await,
             Err(error) => Err(error),
         },
         (method, path) => {
@@ -85,7 +81,7 @@ impl EnrolError {
     }
 }
 
-fn failed(event: &PodEvent) -> impl Fn(anyhow::Error) -> EnrolError {
+pub(super) fn failed(event: &PodEvent) -> impl Fn(anyhow::Error) -> EnrolError {
     let pod = format!("{}/{}", event.pod_namespace, event.pod_name);
     move |error| EnrolError::Failed {
         pod: pod.clone(),
@@ -110,46 +106,33 @@ async fn delete(agent: &Agent, event: &PodEvent) -> Result<(), EnrolError> {
         .map_err(failed(event))
 }
 
-async fn check(agent: &Agent, event: &PodEvent) -> Result<(), EnrolError> {
-    let failed = failed(event);
-    let Some(pod) = known(agent, event) else {
-        if agent.mode_of(&event.pod_name).is_none() {
-            return Ok(());
-        }
-        return Err(failed(anyhow::anyhow!("this agent has not enrolled it")));
+/// Takes away what no attachment owns: pods of this network that the runtime does not know, and what was made for pods that
+/// nobody knows. Attachments to other networks are not in the list; their pods go when they are gone.
+async fn collect_garbage(agent: &Agent, valid: &ValidAttachments) -> Result<(), EnrolError> {
+    if valid.network.is_empty() {
+        return Err(EnrolError::Invalid("the event has no Network".to_owned()));
+    }
+    let owned = |pod: &Pod| {
+        valid.attachments.iter().any(|attachment| {
+            attachment.container_id == pod.container_id
+                && (attachment.if_name.is_empty() || attachment.if_name == pod.if_name)
+        })
     };
-    if pod.state != PodState::Captured {
-        return Err(failed(anyhow::anyhow!("it is {}", pod.state)));
-    }
-    agent.ready().map_err(&failed)?;
-    let findings: Vec<String> = agent
-        .diff(&Subject::Pod(pod.uid.clone()))
-        .await
-        .map_err(&failed)?
-        .into_iter()
-        .flat_map(|place| place.findings)
-        .collect();
-    if findings.is_empty() {
-        return Ok(());
-    }
-    Err(failed(anyhow::anyhow!(
-        "its capture is not effective: {}",
-        findings.join("; ")
-    )))
-}
-
-/// Takes pods away that are neither among the runtime's sandboxes nor still there. A pod that is there stays: the list is
-/// that of one network, and a capture is not taken away because another network does not know the pod.
-async fn collect_garbage(agent: &Agent, valid: &ValidSandboxes) {
     agent
         .take_away_pods(|pod| {
-            !valid.container_ids.contains(&pod.container_id) && pod.open_netns().is_err()
+            if pod.network == valid.network {
+                !owned(pod)
+            } else {
+                pod.open_netns().is_err()
+            }
         })
         .await;
+    agent.take_away_unknown().await;
+    Ok(())
 }
 
 /// The enrolled pod that an event is about: by UID, else by sandbox.
-fn known(agent: &Agent, event: &PodEvent) -> Option<Pod> {
+pub(super) fn known(agent: &Agent, event: &PodEvent) -> Option<Pod> {
     agent
         .pods
         .get(&event.pod_uid)
@@ -161,11 +144,16 @@ fn known(agent: &Agent, event: &PodEvent) -> Option<Pod> {
         .filter(|pod| same_sandbox(pod, event))
 }
 
-/// A pod that got another sandbox is not deleted with the one before, which the runtime may clean up later.
+/// A pod that got another sandbox is not deleted with the one before, which the runtime may clean up later; nor is one with
+/// an attachment on which it is not captured.
 fn same_sandbox(pod: &Pod, event: &PodEvent) -> bool {
-    event.container_id.is_empty()
-        || pod.container_id.is_empty()
-        || pod.container_id == event.container_id
+    [
+        (&pod.container_id, &event.container_id),
+        (&pod.network, &event.network),
+        (&pod.if_name, &event.if_name),
+    ]
+    .iter()
+    .all(|(known, said)| known.is_empty() || said.is_empty() || known == said)
 }
 
 /// Starts serving events.

@@ -58,6 +58,12 @@ pub struct Pod {
     pub netns_id: NetnsId,
     /// Sandbox id of the CNI attachment.
     pub container_id: String,
+    /// Network of the CNI attachment; empty where the plugin does not say.
+    #[serde(default)]
+    pub network: String,
+    /// Interface of the CNI attachment; empty where the plugin does not say.
+    #[serde(default)]
+    pub if_name: String,
     /// How it is captured.
     pub mode: Capture,
     /// How far.
@@ -245,6 +251,8 @@ mod tests {
             netns: PathBuf::from("/proc/self/ns/net"),
             netns_id: NetnsId { dev: 0, ino: 0 },
             container_id: String::new(),
+            network: String::new(),
+            if_name: String::new(),
             mode: Capture::Inpod,
             state: PodState::Pending,
         }

@@ -46,7 +46,8 @@ impl Agent {
         Ok(())
     }
 
-    async fn take_away_unknown(&self) {
+    /// Takes away what the journal has of pods that nobody knows.
+    pub(super) async fn take_away_unknown(&self) {
         let unknown = |name: &str| {
             removal::pod_of_record(name).is_some_and(|uid| self.pods.get(uid).is_none())
         };

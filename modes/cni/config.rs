@@ -1,13 +1,27 @@
 //! What the plugin is given: its element of the network configuration on standard input, and `CNI_ARGS`.
 
+mod arguments;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
-use super::{CniError, PodIp, SUPPORTED_VERSIONS};
+use super::{Attachment, CniError, PodIp, SUPPORTED_VERSIONS};
+
+pub use arguments::CniArgs;
+
+/// Names of the pods of a node agent and of a node proxy begin so. They are never captured: a node on which they wait for
+/// each other would never have either.
+const OWN_PODS: [&str; 4] = [
+    "ambidex-agent-",
+    "ambidex-proxy-",
+    "istio-cni-node-",
+    "ztunnel-",
+];
 
 /// The plugin's element of the chain. Unknown keys belong to others and are ignored; `prevResult` stays untouched.
 #[derive(Debug, Clone, Deserialize)]
@@ -15,9 +29,12 @@ pub struct NetConf {
     /// CNI version of the list.
     #[serde(rename = "cniVersion", default)]
     pub cni_version: String,
-    /// Result of the plugin before this one.
+    /// Name of the network.
+    #[serde(default)]
+    pub name: String,
+    /// Result of the plugin before this one, byte by byte.
     #[serde(rename = "prevResult")]
-    pub prev_result: Option<Value>,
+    pub prev_result: Option<Box<RawValue>>,
     /// Directory of the agent's sockets.
     #[serde(default = "default_agent_run_dir")]
     pub cni_agent_run_dir: PathBuf,
@@ -27,6 +44,9 @@ pub struct NetConf {
     /// Namespaces whose pods are never captured.
     #[serde(default = "default_excluded_namespaces")]
     pub exclude_namespaces: Vec<String>,
+    /// Namespace of the agent's and the proxy's own pods.
+    #[serde(default)]
+    pub pod_namespace: String,
     /// With GC: the attachments that exist.
     #[serde(rename = "cni.dev/valid-attachments")]
     pub valid_attachments: Option<Vec<Attachment>>,
@@ -35,12 +55,15 @@ pub struct NetConf {
     pub ambidex: OwnKeys,
 }
 
-/// One attachment of a sandbox to the network.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Attachment {
-    /// The sandbox.
-    #[serde(rename = "containerID")]
-    pub container_id: String,
+/// Which sandboxes of a network are captured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Captured {
+    /// Kubernetes pods; which of them, the agent knows from their labels.
+    #[default]
+    Labels,
+    /// Every sandbox, whatever the runtime says or does not say about it.
+    Always,
 }
 
 /// Identity of the pods of a runtime that passes no Kubernetes arguments.
@@ -51,6 +74,9 @@ pub struct OwnKeys {
     pub namespace: Option<String>,
     /// Service account of the pods.
     pub service_account: Option<String>,
+    /// Which sandboxes are captured.
+    #[serde(default)]
+    pub capture: Captured,
 }
 
 fn default_agent_run_dir() -> PathBuf {
@@ -59,6 +85,14 @@ fn default_agent_run_dir() -> PathBuf {
 
 fn default_excluded_namespaces() -> Vec<String> {
     vec!["kube-system".to_owned()]
+}
+
+/// What the specification allows in names of networks and in container ids.
+pub(super) fn is_identifier(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
 }
 
 impl NetConf {
@@ -79,93 +113,86 @@ impl NetConf {
                 SUPPORTED_VERSIONS.join(", ")
             )));
         }
+        if !is_identifier(&conf.name) {
+            return Err(CniError::invalid_config(format!(
+                "the network's name {:?}: want letters, digits, '_', '.' and '-', beginning with a letter or digit",
+                conf.name.chars().take(40).collect::<String>()
+            )));
+        }
         Ok(conf)
+    }
+
+    /// Fails unless the configuration's version has the verb, which came with `since`.
+    pub fn require_version(&self, verb: &str, since: &str) -> Result<(), CniError> {
+        let age = |version: &str| {
+            SUPPORTED_VERSIONS
+                .iter()
+                .position(|known| *known == version)
+        };
+        if age(&self.cni_version) >= age(since) {
+            return Ok(());
+        }
+        Err(CniError::incompatible_version(format!(
+            "{verb} is not part of CNI {}: it came with {since}",
+            self.cni_version
+        )))
+    }
+
+    /// Whether this is a pod of the agent or the proxy itself.
+    pub fn is_own_pod(&self, namespace: &str, name: &str) -> bool {
+        !self.pod_namespace.is_empty()
+            && namespace == self.pod_namespace
+            && OWN_PODS.iter().any(|own| name.starts_with(own))
     }
 
     /// Addresses in `prevResult`.
     pub fn addresses(&self) -> Result<Vec<PodIp>, CniError> {
-        let Some(ips) = self
-            .prev_result
-            .as_ref()
-            .and_then(|result| result.get("ips"))
-        else {
+        let Some(result) = &self.prev_result else {
             return Ok(Vec::new());
         };
-        let ips = ips
-            .as_array()
-            .ok_or_else(|| CniError::invalid_config("prevResult.ips is not a list"))?;
-        ips.iter().map(parse_ip).collect()
+        let result: Value = serde_json::from_str(result.get())
+            .map_err(|e| CniError::decode(format!("prevResult: {e}")))?;
+        if !result.is_object() {
+            return Err(CniError::invalid_config("prevResult is not an object"));
+        }
+        match result.get("ips") {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(Value::Array(ips)) => ips.iter().map(parse_ip).collect(),
+            Some(_) => Err(CniError::invalid_config("prevResult.ips is not a list")),
+        }
     }
 }
 
 fn parse_ip(entry: &Value) -> Result<PodIp, CniError> {
-    let text = entry
-        .get("address")
-        .and_then(Value::as_str)
-        .ok_or_else(|| CniError::invalid_config("an entry of prevResult.ips has no address"))?;
-    let address: IpNet = text.parse().map_err(|e| {
-        CniError::invalid_config(format!(
-            "prevResult.ips: {text:?} is not an address with prefix: {e}"
-        ))
-    })?;
-    let gateway = match entry.get("gateway").and_then(Value::as_str) {
-        None | Some("") => None,
-        Some(text) => Some(text.parse::<IpAddr>().map_err(|e| {
-            CniError::invalid_config(format!(
-                "prevResult.ips: gateway {text:?} is not an address: {e}"
-            ))
-        })?),
+    let wrong = |what: String| CniError::invalid_config(format!("prevResult.ips: {what}"));
+    let Some(text) = entry.get("address").and_then(Value::as_str) else {
+        return Err(wrong("an entry has no address".to_owned()));
+    };
+    let address: IpNet = text
+        .parse()
+        .map_err(|e| wrong(format!("{text:?} is not an address with prefix: {e}")))?;
+    let gateway = match entry.get("gateway") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) if text.is_empty() => None,
+        Some(Value::String(text)) => Some(
+            text.parse::<IpAddr>()
+                .map_err(|e| wrong(format!("gateway {text:?} is not an address: {e}")))?,
+        ),
+        Some(other) => return Err(wrong(format!("gateway {other} is not an address"))),
+    };
+    let interface = match entry.get("interface") {
+        None | Some(Value::Null) => None,
+        Some(index) => Some(
+            index
+                .as_i64()
+                .ok_or_else(|| wrong(format!("interface {index} is not an index")))?,
+        ),
     };
     Ok(PodIp {
-        interface: entry.get("interface").and_then(Value::as_i64),
+        interface,
         address,
         gateway,
     })
-}
-
-/// `CNI_ARGS`: what the runtime says about the pod.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct CniArgs {
-    /// `K8S_POD_NAME`.
-    pub pod_name: String,
-    /// `K8S_POD_NAMESPACE`.
-    pub pod_namespace: String,
-    /// `K8S_POD_UID`.
-    pub pod_uid: String,
-    /// `AMBIDEX_SERVICE_ACCOUNT`, for runtimes without a Kubernetes API behind them.
-    pub service_account: String,
-}
-
-impl CniArgs {
-    /// Parses `K=V;K=V`. An unknown key is an error unless `IgnoreUnknown` is `1` or `true`, as the specification's
-    /// reference library has it.
-    pub fn parse(text: &str) -> Result<Self, CniError> {
-        let mut args = Self::default();
-        let mut ignore_unknown = false;
-        let mut unknown = None;
-        for pair in text.split(';').filter(|pair| !pair.is_empty()) {
-            let (key, value) = pair.split_once('=').ok_or_else(|| {
-                CniError::invalid_environment(format!("CNI_ARGS: {pair:?} is not KEY=VALUE"))
-            })?;
-            match key {
-                "IgnoreUnknown" => {
-                    ignore_unknown = value == "1" || value.eq_ignore_ascii_case("true")
-                }
-                "K8S_POD_NAME" => value.clone_into(&mut args.pod_name),
-                "K8S_POD_NAMESPACE" => value.clone_into(&mut args.pod_namespace),
-                "K8S_POD_UID" => value.clone_into(&mut args.pod_uid),
-                "AMBIDEX_SERVICE_ACCOUNT" => value.clone_into(&mut args.service_account),
-                "K8S_POD_INFRA_CONTAINER_ID" => {}
-                other => unknown = Some(other),
-            }
-        }
-        match unknown {
-            Some(key) if !ignore_unknown => Err(CniError::invalid_environment(format!(
-                "CNI_ARGS: unknown key {key:?} (pass IgnoreUnknown=1 to allow it)"
-            ))),
-            _ => Ok(args),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -173,23 +200,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn unknown_arguments_are_an_error_unless_ignored() {
-        assert_eq!(CniArgs::parse("FOO=1").unwrap_err().code, 4);
-        assert!(CniArgs::parse("FOO=1;IgnoreUnknown=1").is_ok());
-        let args =
-            CniArgs::parse("IgnoreUnknown=true;K8S_POD_NAMESPACE=a;K8S_POD_NAME=b;K8S_POD_UID=c")
-                .unwrap();
-        assert_eq!(
-            (
-                args.pod_namespace.as_str(),
-                args.pod_name.as_str(),
-                args.pod_uid.as_str()
-            ),
-            ("a", "b", "c")
-        );
-    }
 
     #[test]
     fn a_configuration_says_what_is_wrong_with_it() {
@@ -200,35 +210,87 @@ mod tests {
         };
         assert_eq!(code("{"), 6);
         assert_eq!(code("{}"), 7);
-        assert_eq!(code(r#"{"cniVersion":"0.2.0"}"#), 1);
+        assert_eq!(code(r#"{"cniVersion":"0.2.0","name":"n"}"#), 1);
+        assert_eq!(code(r#"{"cniVersion":"1.0.0"}"#), 7);
+        assert_eq!(code(r#"{"cniVersion":"1.0.0","name":"../n"}"#), 7);
         assert_eq!(
-            code(r#"{"cniVersion":"1.0.0","ambidex":{"nameSpace":"x"}}"#),
+            code(r#"{"cniVersion":"1.0.0","name":"n","ambidex":{"nameSpace":"x"}}"#),
             6
         );
-        assert_eq!(code(r#"{"cniVersion":"1.0.0","unknown":1}"#), 0);
+        assert_eq!(
+            code(r#"{"cniVersion":"1.0.0","name":"n","ambidex":{"capture":"maybe"}}"#),
+            6
+        );
+        assert_eq!(code(r#"{"cniVersion":"1.0.0","name":"n","unknown":1}"#), 0);
     }
 
     #[test]
-    fn addresses_of_the_previous_result_are_read_with_their_gateways() {
-        let conf = NetConf::parse(
-            br#"{"cniVersion":"1.0.0","prevResult":{"ips":[{"interface":2,"address":"10.1.2.3/32","gateway":"10.1.2.1"}]}}"#,
-        )
-        .unwrap();
-        let ips = conf.addresses().unwrap();
+    fn a_verb_is_refused_to_versions_that_do_not_have_it() {
+        let conf = |version: &str| {
+            NetConf::parse(format!(r#"{{"cniVersion":"{version}","name":"n"}}"#).as_bytes())
+                .unwrap()
+        };
+        assert_eq!(
+            conf("0.3.1")
+                .require_version("CHECK", "0.4.0")
+                .unwrap_err()
+                .code,
+            1
+        );
+        assert!(conf("0.4.0").require_version("CHECK", "0.4.0").is_ok());
+        assert_eq!(
+            conf("1.0.1")
+                .require_version("GC", "1.1.0")
+                .unwrap_err()
+                .code,
+            1
+        );
+        assert!(conf("1.1.0").require_version("GC", "1.1.0").is_ok());
+    }
+
+    #[test]
+    fn addresses_of_the_previous_result_are_read_in_every_version() {
+        let addresses = |result: &str| {
+            let text = format!(r#"{{"cniVersion":"1.0.0","name":"n","prevResult":{result}}}"#);
+            NetConf::parse(text.as_bytes()).unwrap().addresses()
+        };
+        let ips =
+            addresses(r#"{"ips":[{"interface":2,"address":"10.1.2.3/32","gateway":"10.1.2.1"}]}"#)
+                .unwrap();
         assert_eq!(ips[0].address.to_string(), "10.1.2.3/32");
         assert_eq!(ips[0].gateway.unwrap().to_string(), "10.1.2.1");
-        let bad = NetConf::parse(
-            br#"{"cniVersion":"1.0.0","prevResult":{"ips":[{"address":"10.1.2.3"}]}}"#,
-        )
-        .unwrap();
-        assert_eq!(bad.addresses().unwrap_err().code, 7);
+        assert_eq!(ips[0].interface, Some(2));
+        // Results of versions before 1.0.0 name the family besides.
+        let ips = addresses(r#"{"ips":[{"version":"4","address":"10.1.2.3/24"}]}"#).unwrap();
+        assert_eq!(ips[0].address.to_string(), "10.1.2.3/24");
+        for wrong in [
+            r#"{"ips":[{"address":"10.1.2.3"}]}"#,
+            r#"{"ips":[{"address":"10.1.2.3/32","gateway":7}]}"#,
+            r#"{"ips":[{"address":"10.1.2.3/32","interface":"eth0"}]}"#,
+            r#"{"ips":"10.1.2.3/32"}"#,
+            r#"[]"#,
+        ] {
+            assert_eq!(addresses(wrong).unwrap_err().code, 7, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn pods_of_the_agent_and_the_proxy_are_known_by_namespace_and_name() {
+        let conf =
+            NetConf::parse(br#"{"cniVersion":"1.0.0","name":"n","pod_namespace":"mesh"}"#).unwrap();
+        assert!(conf.is_own_pod("mesh", "ztunnel-x1"));
+        assert!(!conf.is_own_pod("other", "ztunnel-x1"));
+        assert!(!conf.is_own_pod("mesh", "shop-x1"));
+        let nowhere = NetConf::parse(br#"{"cniVersion":"1.0.0","name":"n"}"#).unwrap();
+        assert!(!nowhere.is_own_pod("", "ztunnel-x1"));
     }
 
     proptest! {
         #[test]
-        fn no_input_panics(input in proptest::collection::vec(any::<u8>(), 0..200), args in ".*") {
+        fn no_input_panics(input in proptest::collection::vec(any::<u8>(), 0..200), result in ".*") {
             let _ = NetConf::parse(&input).map(|conf| conf.addresses());
-            let _ = CniArgs::parse(&args);
+            let text = format!(r#"{{"cniVersion":"1.0.0","name":"n","prevResult":{result}}}"#);
+            let _ = NetConf::parse(text.as_bytes()).map(|conf| conf.addresses());
         }
     }
 }

@@ -34,14 +34,33 @@ pub struct PodEvent {
     /// Container (sandbox) id of the attachment.
     #[serde(rename = "ContainerID", default)]
     pub container_id: String,
+    /// Name of the network that the sandbox is attached to.
+    #[serde(default)]
+    pub network: String,
+    /// Interface of the attachment, in the sandbox.
+    #[serde(default)]
+    pub if_name: String,
 }
 
-/// The sandboxes that a runtime knows, when it has garbage collected.
+/// The attachments to a network that a runtime knows, when it has garbage collected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ValidSandboxes {
-    /// Their container ids.
-    #[serde(rename = "ContainerIDs")]
-    pub container_ids: BTreeSet<String>,
+#[serde(rename_all = "PascalCase")]
+pub struct ValidAttachments {
+    /// Name of the network.
+    pub network: String,
+    /// All attachments to it.
+    pub attachments: BTreeSet<Attachment>,
+}
+
+/// One attachment of a sandbox to the network, in the words of the CNI specification.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The sandbox.
+    #[serde(rename = "containerID")]
+    pub container_id: String,
+    /// Interface in the sandbox.
+    #[serde(rename = "ifname", default)]
+    pub if_name: String,
 }
 
 /// One address of a pod.

@@ -9,8 +9,10 @@ use http::{Method, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::config::is_identifier;
 use super::{
-    CniArgs, CniError, ErrorOutput, NetConf, PodEvent, SUPPORTED_VERSIONS, ValidSandboxes,
+    Captured, CniArgs, CniError, ErrorOutput, NetConf, PodEvent, SUPPORTED_VERSIONS,
+    ValidAttachments,
 };
 use crate::run_dir::RunDir;
 use crate::unix_http;
@@ -20,24 +22,65 @@ const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Far more than any network configuration, in bytes.
 const INPUT_LIMIT: u64 = 4 << 20;
 
+/// Longest name of a network interface, in bytes (IFNAMSIZ without its final 0).
+const INTERFACE_NAME_LIMIT: usize = 15;
+
 /// Environment of one invocation.
 #[derive(Debug)]
 struct Invocation {
     command: String,
     container_id: String,
     netns: String,
+    if_name: String,
     args: String,
 }
 
 impl Invocation {
     fn from_env() -> Self {
-        let variable = |name: &str| std::env::var(name).unwrap_or_default();
+        let variable = |name: &str| {
+            let value = std::env::var_os(name).unwrap_or_default();
+            value.to_string_lossy().into_owned()
+        };
         Self {
             command: variable("CNI_COMMAND"),
             container_id: variable("CNI_CONTAINERID"),
             netns: variable("CNI_NETNS"),
+            if_name: variable("CNI_IFNAME"),
             args: variable("CNI_ARGS"),
         }
+    }
+
+    /// Fails unless the variables of an attachment are as the specification wants them.
+    fn require_attachment(&self, with_netns: bool) -> Result<(), CniError> {
+        let wrong = |what: String| Err(CniError::invalid_environment(what));
+        let shown = |text: &str| text.chars().take(40).collect::<String>();
+        if self.container_id.is_empty() {
+            return wrong("CNI_CONTAINERID is not set".to_owned());
+        }
+        if !is_identifier(&self.container_id) {
+            return wrong(format!(
+                "CNI_CONTAINERID {:?}: want letters, digits, '_', '.' and '-', beginning with a letter or digit",
+                shown(&self.container_id)
+            ));
+        }
+        if with_netns && self.netns.is_empty() {
+            return wrong("CNI_NETNS is not set".to_owned());
+        }
+        if self.if_name.is_empty() {
+            return wrong("CNI_IFNAME is not set".to_owned());
+        }
+        if self.if_name.len() > INTERFACE_NAME_LIMIT
+            || [".", ".."].contains(&self.if_name.as_str())
+            || self
+                .if_name
+                .contains(|c: char| "/:".contains(c) || c.is_whitespace() || c.is_control())
+        {
+            return wrong(format!(
+                "CNI_IFNAME {:?} is not the name of an interface",
+                shown(&self.if_name)
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -51,7 +94,7 @@ pub fn main() -> ExitCode {
         .and_then(|_| run(&Invocation::from_env(), &input));
     let (output, code) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
-        Ok(Some(result)) => (result.to_string(), ExitCode::SUCCESS),
+        Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Err(error) => {
             eprintln!("ambidex-cni: {error}");
             let version = version_for_errors(&input);
@@ -86,45 +129,48 @@ fn version_for_errors(input: &[u8]) -> String {
         .unwrap_or_else(|| "1.0.0".to_owned())
 }
 
-fn run(invocation: &Invocation, input: &[u8]) -> Result<Option<Value>, CniError> {
+fn run(invocation: &Invocation, input: &[u8]) -> Result<Option<String>, CniError> {
     match invocation.command.as_str() {
         "VERSION" => {
             let version = version_for_errors(input);
-            Ok(Some(
-                json!({ "cniVersion": version, "supportedVersions": SUPPORTED_VERSIONS }),
-            ))
+            let answer = json!({ "cniVersion": version, "supportedVersions": SUPPORTED_VERSIONS });
+            Ok(Some(answer.to_string()))
         }
         "ADD" => add(invocation, &NetConf::parse(input)?).map(Some),
         "DEL" => delete(invocation, &NetConf::parse(input)?).map(|()| None),
         "CHECK" => check(invocation, &NetConf::parse(input)?).map(|()| None),
         "STATUS" => status(&NetConf::parse(input)?).map(|()| None),
-        "GC" => collect_garbage(&NetConf::parse(input)?).map(|()| None),
+        "GC" => collect_garbage(NetConf::parse(input)?).map(|()| None),
         "" => Err(CniError::invalid_environment(
             "CNI_COMMAND is not set: this program is run by a container runtime",
         )),
         other => Err(CniError::invalid_environment(format!(
-            "CNI_COMMAND {other:?} is not one of ADD, DEL, CHECK, STATUS, GC, VERSION"
+            "CNI_COMMAND {:?} is not one of ADD, DEL, CHECK, STATUS, GC, VERSION",
+            other.chars().take(40).collect::<String>()
         ))),
     }
 }
 
-fn add(invocation: &Invocation, conf: &NetConf) -> Result<Value, CniError> {
+fn add(invocation: &Invocation, conf: &NetConf) -> Result<String, CniError> {
+    invocation.require_attachment(true)?;
     if let Some(event) = event(invocation, conf)? {
-        if event.netns.is_empty() {
-            return Err(CniError::invalid_environment("CNI_NETNS is not set"));
-        }
         post(conf, "/cmdadd", &event)?;
     }
-    Ok(conf
-        .prev_result
-        .clone()
-        .unwrap_or_else(|| json!({ "cniVersion": conf.cni_version })))
+    Ok(conf.prev_result.as_ref().map_or_else(
+        || json!({ "cniVersion": conf.cni_version }).to_string(),
+        |result| result.get().to_owned(),
+    ))
 }
 
 /// Without an agent this is done: the runtime must be able to take the sandbox down, and the next agent finds out that
-/// the pod is gone.
+/// the pod is gone. For the same reason nothing is read from a previous result, which a runtime may have lost.
 fn delete(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
-    let Some(event) = event(invocation, conf)? else {
+    invocation.require_attachment(false)?;
+    let without_result = NetConf {
+        prev_result: None,
+        ..conf.clone()
+    };
+    let Some(event) = event(invocation, &without_result)? else {
         return Ok(());
     };
     match post(conf, "/cmddel", &event) {
@@ -136,20 +182,31 @@ fn delete(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
     }
 }
 
-fn collect_garbage(conf: &NetConf) -> Result<(), CniError> {
-    match &conf.valid_attachments {
-        Some(attachments) if conf.ambient_enabled => {
-            let container_ids = attachments.iter().map(|a| a.container_id.clone());
-            let valid = ValidSandboxes {
-                container_ids: container_ids.collect(),
-            };
-            Ok(post(conf, "/cmdgc", &valid)?)
-        }
-        _ => Ok(()),
+fn collect_garbage(conf: NetConf) -> Result<(), CniError> {
+    conf.require_version("GC", "1.1.0")?;
+    let Some(attachments) = conf.valid_attachments.clone() else {
+        return Err(CniError::invalid_config(
+            "GC without cni.dev/valid-attachments: which attachments exist?",
+        ));
+    };
+    if !conf.ambient_enabled {
+        return Ok(());
     }
+    let valid = ValidAttachments {
+        network: conf.name.clone(),
+        attachments: attachments.into_iter().collect(),
+    };
+    Ok(post(&conf, "/cmdgc", &valid)?)
 }
 
 fn check(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
+    conf.require_version("CHECK", "0.4.0")?;
+    invocation.require_attachment(true)?;
+    if conf.prev_result.is_none() {
+        return Err(CniError::invalid_config(
+            "CHECK without prevResult: which addresses does the sandbox have?",
+        ));
+    }
     match event(invocation, conf)? {
         Some(event) => Ok(post(conf, "/cmdcheck", &event)?),
         None => Ok(()),
@@ -157,12 +214,15 @@ fn check(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
 }
 
 fn status(conf: &NetConf) -> Result<(), CniError> {
+    conf.require_version("STATUS", "1.1.0")?;
     if !conf.ambient_enabled {
         return Ok(());
     }
-    match exchange(conf, Method::GET, "/status", Vec::new())? {
-        (StatusCode::OK, _) => Ok(()),
-        (_, text) => Err(CniError::unavailable(text)),
+    match exchange(conf, Method::GET, "/status", Vec::new()) {
+        Ok((StatusCode::OK, _)) => Ok(()),
+        Ok((StatusCode::BAD_GATEWAY, text)) => Err(CniError::limited(text)),
+        Ok((_, text)) => Err(CniError::unavailable(text)),
+        Err(unanswered) => Err(CniError::unavailable(CniError::from(unanswered).details)),
     }
 }
 
@@ -172,37 +232,45 @@ fn event(invocation: &Invocation, conf: &NetConf) -> Result<Option<PodEvent>, Cn
         return Ok(None);
     }
     let args = CniArgs::parse(&invocation.args)?;
-    let first = |candidates: [&str; 2]| {
-        candidates
-            .into_iter()
-            .find(|c| !c.is_empty())
-            .unwrap_or_default()
-            .to_owned()
+    let first = |candidates: [&str; 3]| {
+        let found = candidates.into_iter().find(|c| !c.is_empty());
+        found.unwrap_or_default().to_owned()
     };
-    let pod_namespace = first([
-        &args.pod_namespace,
-        conf.ambidex.namespace.as_deref().unwrap_or_default(),
-    ]);
-    if args.pod_name.is_empty()
+    let configured = |value: &'_ Option<String>| value.clone().unwrap_or_default();
+    let always = args.capture.unwrap_or(conf.ambidex.capture) == Captured::Always;
+    let (pod_name, pod_namespace) = if always {
+        (
+            first([&args.pod_name, &invocation.container_id, ""]),
+            first([
+                &args.pod_namespace,
+                &configured(&conf.ambidex.namespace),
+                "default",
+            ]),
+        )
+    } else {
+        (args.pod_name.clone(), args.pod_namespace.clone())
+    };
+    if pod_name.is_empty()
         || pod_namespace.is_empty()
         || conf.exclude_namespaces.contains(&pod_namespace)
+        || conf.is_own_pod(&pod_namespace, &pod_name)
     {
         return Ok(None);
     }
-    if invocation.container_id.is_empty() {
-        return Err(CniError::invalid_environment("CNI_CONTAINERID is not set"));
-    }
     Ok(Some(PodEvent {
         netns: invocation.netns.clone(),
-        pod_name: args.pod_name.clone(),
+        pod_name,
         pod_namespace,
         ips: conf.addresses()?,
-        pod_uid: first([&args.pod_uid, &invocation.container_id]),
+        pod_uid: first([&args.pod_uid, &invocation.container_id, ""]),
         service_account: first([
             &args.service_account,
-            conf.ambidex.service_account.as_deref().unwrap_or("default"),
+            &configured(&conf.ambidex.service_account),
+            "default",
         ]),
         container_id: invocation.container_id.clone(),
+        network: conf.name.clone(),
+        if_name: invocation.if_name.clone(),
     }))
 }
 
@@ -263,31 +331,106 @@ mod tests {
             command: command.to_owned(),
             container_id: "c1".to_owned(),
             netns: "/run/netns/x".to_owned(),
+            if_name: "eth0".to_owned(),
             args: args.to_owned(),
         }
     }
 
-    #[test]
-    fn a_pod_that_is_not_ours_passes_with_its_previous_result_untouched() {
-        let input = br#"{"cniVersion":"1.0.0","ambient_enabled":true,"prevResult":{"cniVersion":"1.0.0","z":1,"a":{"b":[2]}}}"#;
-        let output = run(&invocation("ADD", ""), input).unwrap().unwrap();
-        assert_eq!(
-            output.to_string(),
-            r#"{"cniVersion":"1.0.0","z":1,"a":{"b":[2]}}"#
-        );
-        let excluded = run(
-            &invocation("ADD", "K8S_POD_NAME=a;K8S_POD_NAMESPACE=kube-system"),
-            input,
+    fn config(version: &str, more: &str) -> Vec<u8> {
+        format!(
+            r#"{{"cniVersion":"{version}","name":"n","ambient_enabled":true,"cni_agent_run_dir":"/nowhere"{more}}}"#
         )
-        .unwrap();
-        assert!(excluded.is_some());
+        .into_bytes()
+    }
+
+    #[test]
+    fn a_pod_that_is_not_ours_passes_with_its_previous_result_byte_by_byte() {
+        let results = [
+            r#"{ "cniVersion":"1.1.0", "z":1e2,	"a":{"b":[ 18446744073709551616 ]},"a":"\u0041/" }"#,
+            r#"{"cniVersion":"0.3.1","ips":[{"version":"4","address":"10.0.0.2/24","interface":0}],"dns":{}}"#,
+        ];
+        let args = [
+            "",
+            "K8S_POD_NAME=a",
+            "K8S_POD_NAME=a;K8S_POD_NAMESPACE=kube-system",
+            "K8S_POD_NAME=ztunnel-x;K8S_POD_NAMESPACE=mesh",
+        ];
+        for (result, args) in results.iter().flat_map(|r| args.map(|a| (r, a))) {
+            for version in SUPPORTED_VERSIONS {
+                let more = format!(r#","pod_namespace":"mesh","prevResult":{result}"#);
+                let output = run(&invocation("ADD", args), &config(version, &more));
+                assert_eq!(output.unwrap().unwrap(), *result, "{version} {args}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_captured_always_needs_no_arguments() {
+        let asked = |more: &str, args: &str| {
+            let conf = NetConf::parse(&config("1.0.0", more)).unwrap();
+            let event = event(&invocation("ADD", args), &conf).unwrap();
+            event.map(|e| format!("{}/{} {}", e.pod_namespace, e.pod_name, e.service_account))
+        };
+        let own = r#","ambidex":{"namespace":"shop","serviceAccount":"till","capture":"always"}"#;
+        let labels = own.replace("always", "labels");
+        assert_eq!(asked(own, "").unwrap(), "shop/c1 till");
+        assert_eq!(asked(own, "K8S_POD_NAME=web").unwrap(), "shop/web till");
+        let args = "AMBIDEX_NAMESPACE=a;AMBIDEX_SERVICE_ACCOUNT=b;K8S_POD_NAME=web";
+        assert_eq!(asked(own, args).unwrap(), "a/web b");
+        assert_eq!(asked(own, "AMBIDEX_CAPTURE=labels;K8S_POD_NAME=web"), None);
+        assert_eq!(asked(&labels, "K8S_POD_NAME=web"), None);
+        let pod = "K8S_POD_NAME=web;K8S_POD_NAMESPACE=b";
+        assert_eq!(asked(&labels, pod).unwrap(), "b/web till");
+        assert_eq!(
+            asked("", "AMBIDEX_CAPTURE=always").unwrap(),
+            "default/c1 default"
+        );
+    }
+
+    #[test]
+    fn variables_that_are_missing_or_wrong_are_named() {
+        type Change = fn(&mut Invocation);
+        let wrong: [(&str, Change); 7] = [
+            ("CNI_CONTAINERID", |i| i.container_id.clear()),
+            ("CNI_CONTAINERID", |i| i.container_id = "../c".to_owned()),
+            ("CNI_NETNS", |i| i.netns.clear()),
+            ("CNI_IFNAME", |i| i.if_name.clear()),
+            ("CNI_IFNAME", |i| i.if_name = "..".to_owned()),
+            ("CNI_IFNAME", |i| i.if_name = "a/b".to_owned()),
+            ("CNI_IFNAME", |i| i.if_name = "interface-of-16b".to_owned()),
+        ];
+        for (name, change) in wrong {
+            let mut invocation = invocation("ADD", "");
+            change(&mut invocation);
+            let error = run(&invocation, &config("1.0.0", "")).unwrap_err();
+            assert_eq!(error.code, 4, "{error}");
+            assert!(error.details.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn verbs_ask_for_what_they_need() {
+        let code = |verb: &str, version: &str, more: &str| {
+            run(&invocation(verb, ""), &config(version, more)).map_or_else(|e| e.code, |_| 0)
+        };
+        assert_eq!(code("CHECK", "0.3.1", r#","prevResult":{}"#), 1);
+        assert_eq!(code("CHECK", "0.4.0", ""), 7);
+        assert_eq!(code("CHECK", "0.4.0", r#","prevResult":{}"#), 0);
+        assert_eq!(code("STATUS", "1.0.0", ""), 1);
+        assert_eq!(code("STATUS", "1.1.0", ""), 50);
+        assert_eq!(code("GC", "1.0.0", r#","cni.dev/valid-attachments":[]"#), 1);
+        assert_eq!(code("GC", "1.1.0", ""), 7);
+        assert_eq!(
+            code("GC", "1.1.0", r#","cni.dev/valid-attachments":[]"#),
+            11
+        );
     }
 
     #[test]
     fn a_pod_that_is_ours_does_not_start_without_an_agent() {
         let directory = tempfile::tempdir().unwrap();
         let input = format!(
-            r#"{{"cniVersion":"1.0.0","ambient_enabled":true,"cni_agent_run_dir":{:?}}}"#,
+            r#"{{"cniVersion":"1.0.0","name":"n","ambient_enabled":true,"cni_agent_run_dir":{:?}}}"#,
             directory.path().display().to_string()
         );
         let error = run(
@@ -303,7 +446,7 @@ mod tests {
     fn a_sandbox_can_be_taken_down_without_an_agent() {
         let directory = tempfile::tempdir().unwrap();
         let input = format!(
-            r#"{{"cniVersion":"1.0.0","ambient_enabled":true,"cni_agent_run_dir":{:?}}}"#,
+            r#"{{"cniVersion":"1.0.0","name":"n","ambient_enabled":true,"cni_agent_run_dir":{:?}}}"#,
             directory.path().display().to_string()
         );
         let pod = invocation("DEL", "K8S_POD_NAME=a;K8S_POD_NAMESPACE=b");
@@ -315,6 +458,7 @@ mod tests {
         let output = run(&invocation("VERSION", ""), br#"{"cniVersion":"1.1.0"}"#)
             .unwrap()
             .unwrap();
+        let output: Value = serde_json::from_str(&output).unwrap();
         assert_eq!(output["cniVersion"], "1.1.0");
         assert_eq!(
             output["supportedVersions"].as_array().unwrap().len(),

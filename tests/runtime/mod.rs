@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test program uses another part")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod hostile;
+
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
@@ -27,7 +29,8 @@ pub struct Done {
 }
 
 impl Done {
-    fn of(command: &mut Command, input: &[u8]) -> Self {
+    /// Runs a program to its end.
+    pub fn of(command: &mut Command, input: &[u8]) -> Self {
         let started = Instant::now();
         let mut child = command
             .stdin(Stdio::piped())
@@ -64,6 +67,11 @@ impl Done {
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         error
     }
+}
+
+/// The plugin.
+pub fn plugin() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_ambidex-cni"))
 }
 
 /// A sandbox as the runtime knows it.
@@ -155,11 +163,16 @@ impl Sandbox {
         })
     }
 
+    /// Name of the network that all pods of a lab are attached to.
+    pub fn network(lab: &Lab) -> String {
+        format!("ambidex-lab-{}", lab.name())
+    }
+
     /// The configuration that the plugin gets.
     pub fn config(&self, lab: &Lab) -> Value {
         json!({
             "cniVersion": "1.1.0",
-            "name": "net",
+            "name": Self::network(lab),
             "type": "ambidex-cni",
             "cni_agent_run_dir": lab.run_dir(1),
             "ambient_enabled": true,
@@ -183,11 +196,16 @@ impl Sandbox {
 
     /// Calls the plugin with any standard input.
     pub fn call_with(&self, verb: &str, input: &[u8]) -> Done {
+        Done::of(&mut self.command(verb), input)
+    }
+
+    /// A call of the plugin.
+    pub fn command(&self, verb: &str) -> Command {
         let arguments = format!(
             "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID={};AMBIDEX_SERVICE_ACCOUNT={}",
             self.namespace, self.name, self.uid, self.service_account
         );
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ambidex-cni"));
+        let mut command = plugin();
         command
             .env_clear()
             .env("CNI_COMMAND", verb)
@@ -196,7 +214,7 @@ impl Sandbox {
             .env("CNI_IFNAME", "eth0")
             .env("CNI_ARGS", arguments)
             .env("CNI_PATH", "/");
-        Done::of(&mut command, input)
+        command
     }
 
     /// ADD that must succeed.
