@@ -119,7 +119,7 @@ fn missing(names: &BTreeSet<String>, document: &str) -> Vec<String> {
 fn metrics(code: &str) -> BTreeSet<String> {
     let found = literals(code).into_iter().filter(|text| {
         let begins = |start: &&str| text.starts_with(*start) && text.len() > start.len();
-        METRICS.iter().any(|start| begins(start)) && is_name(text, char::is_ascii_lowercase)
+        METRICS.iter().any(begins) && is_name(text, char::is_ascii_lowercase)
     });
     found.map(str::to_owned).collect()
 }
