@@ -3,6 +3,7 @@
 //! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`), 4 timed out.
 
 mod bench;
+mod cni;
 mod control;
 mod daemons;
 mod dump;
@@ -39,6 +40,8 @@ enum Command {
     Proxy(Box<daemons::ProxyArgs>),
     /// Run a control plane: serves a mesh from YAML files, and certificates, to proxies
     Control(control::ControlArgs),
+    /// Put the CNI plugin into a container runtime, or take it out
+    Cni(cni::CniArgs),
     /// Show what the agent of this node knows
     Get(get::GetArgs),
     /// Show the kernel objects that a pod's capture, or the node's, consists of
@@ -86,6 +89,7 @@ pub fn main() -> ExitCode {
         Command::Agent(args) => daemons::run_agent(args),
         Command::Proxy(args) => daemons::run_proxy(*args),
         Command::Control(args) => control::run(args),
+        Command::Cni(args) => cni::run(args),
         Command::Get(args) => get::run(args),
         Command::Plan(args) => plan::run_plan(args),
         Command::Diff(args) => plan::run_diff(args),

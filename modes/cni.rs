@@ -6,6 +6,7 @@
 
 mod config;
 mod event;
+pub mod install;
 mod run;
 
 pub use config::{Captured, CniArgs, NetConf};

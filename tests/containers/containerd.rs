@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lab::standing::{Background, Lab};
 
-use super::{IMAGE, Place, Wiring, fetch, network, plugins_in};
+use super::{IMAGE, Place, Wiring, fetch, install, network, plugins_in};
 use crate::harness::eventually;
 use crate::runtime::Done;
 
@@ -46,6 +46,7 @@ impl<'a> Containerd<'a> {
         fs::create_dir(place.path("net.d")).unwrap();
         let list = network(lab, &place.dir, node, Wiring::Ptp, true);
         fs::write(place.path("net.d/10-mesh.conflist"), list.to_string()).unwrap();
+        install(lab, &place, node, "10-mesh.conflist");
         let settings = format!(
             "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\n\
              disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.snapshotter.v1.aufs\", \

@@ -111,15 +111,27 @@ impl Drop for Place {
     }
 }
 
-/// Copies the CNI plugins that are needed, and ours, into one directory.
+/// Copies the CNI plugins that are needed into one directory.
 fn plugins_in(directory: &Path) {
     fs::create_dir_all(directory).unwrap();
     for plugin in ["ptp", "bridge", "host-local"] {
         fs::copy(Path::new(PLUGINS).join(plugin), directory.join(plugin))
             .expect("the CNI plugins of the distribution (containernetworking-plugins)");
     }
-    let ours = env!("CARGO_BIN_EXE_ambidex-cni");
-    std::os::unix::fs::symlink(ours, directory.join("ambidex-cni")).unwrap();
+}
+
+/// Puts our plugin into the directory `plugins` and behind the others in a network configuration of `net.d`.
+fn install(lab: &Lab, place: &Place, node: u8, conf: &str) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ambidex"));
+    command
+        .args(["cni", "install", "--conf-name", conf, "--bin-dir"])
+        .arg(place.path("plugins"))
+        .arg("--conf-dir")
+        .arg(place.path("net.d"))
+        .args(["--capture", "always", "--namespace", IDENTITY.0])
+        .args(["--service-account", IDENTITY.1])
+        .env("AMBIDEX_RUN_DIR", lab.run_dir(node));
+    Done::of(&mut command, b"").with_code(0);
 }
 
 /// What a container runs to get a page: the static busybox has a `wget` that dies in name resolution.
@@ -136,7 +148,7 @@ pub enum Wiring {
     Bridge,
 }
 
-/// A network configuration list; with our plugin at its end, or without.
+/// A network configuration list without our plugin, for containers that are to be captured or not.
 fn network(lab: &Lab, dir: &Path, node: u8, wiring: Wiring, captured: bool) -> Value {
     // Addresses are given out by network and not by prefix.
     let first = if captured { 220 } else { 240 };
@@ -155,18 +167,10 @@ fn network(lab: &Lab, dir: &Path, node: u8, wiring: Wiring, captured: bool) -> V
             "ipam": addresses(format!("10.245.{node}")),
         }),
     };
-    let ours = json!({
-        "type": "ambidex-cni",
-        "cni_agent_run_dir": lab.run_dir(node),
-        "ambient_enabled": true,
-        "ambidex": {"namespace": IDENTITY.0, "serviceAccount": IDENTITY.1, "capture": "always"},
-    });
-    let mut plugins = vec![wire];
-    plugins.extend(captured.then_some(ours));
     json!({
         "cniVersion": "0.4.0",
         "name": network_name(lab, wiring, captured),
-        "plugins": plugins,
+        "plugins": [wire],
     })
 }
 

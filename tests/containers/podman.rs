@@ -6,7 +6,7 @@ use std::process::Command;
 
 use lab::standing::Lab;
 
-use super::{IMAGE, Place, Wiring, fetch, network, network_name, plugins_in};
+use super::{IMAGE, Place, Wiring, fetch, install, network, network_name, plugins_in};
 use crate::runtime::Done;
 
 /// A podman on one node.
@@ -35,8 +35,11 @@ impl<'a> Podman<'a> {
             (Wiring::Bridge, false),
         ] {
             let list = network(lab, &place.dir, node, wiring, captured);
-            let file = format!("net.d/{}.conflist", network_name(lab, wiring, captured));
-            fs::write(place.path(&file), list.to_string()).unwrap();
+            let file = format!("{}.conflist", network_name(lab, wiring, captured));
+            fs::write(place.path("net.d").join(&file), list.to_string()).unwrap();
+            if captured {
+                install(lab, &place, node, &file);
+            }
         }
         // Locks in files: those in shared memory would be one set with every other podman of the machine.
         let settings = format!(
