@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod agent_client;
+mod calendar;
 pub mod cli;
 pub mod cni;
 pub mod control;

@@ -1,8 +1,11 @@
 //! The node proxy's start-up: certificates, workloads, the core, telemetry pages, and the agent's requests.
 
+mod descriptors;
+mod dump;
 mod handler;
 pub(crate) mod local_pages;
 mod pages;
+mod profiling;
 pub mod sources;
 
 use std::net::SocketAddr;
@@ -79,6 +82,7 @@ pub fn in_force(config: &ProxyConfig) -> serde_json::Value {
 pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    descriptors::raise_limit();
     let own_netns = Netns::current()?;
     config.field.check()?;
     config.field.require_compliance()?;

@@ -101,6 +101,14 @@ fn rows() -> Vec<Row> {
             Some("0"),
         ),
         (
+            "AMBIDEX_HALF_OPEN_TIMEOUT",
+            "--half-open-timeout",
+            "90s",
+            "/halfOpenTimeout",
+            json!("90s"),
+            Some("90"),
+        ),
+        (
             "POOL_UNUSED_RELEASE_TIMEOUT",
             "--pool-unused-release",
             "1m30s",

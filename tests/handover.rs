@@ -32,18 +32,20 @@ const SOON: Duration = Duration::from_secs(40);
 const PORT: u16 = 8094;
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(20);
-/// How long a node capture's clients may wait while it goes over to another proxy. Most of it is the tunnels that peers
-/// have to the old one: nobody answers in them any more, which their PINGs find out.
+/// How long a node capture's clients may wait while it goes over to another proxy: far over the one second after which a first
+/// packet is sent again, because on a busy machine it may be lost more than once.
 const NODE_GAP: Duration = Duration::from_secs(35);
+/// Connections that may be in the old proxy's hands when the node changes over: each probe has one at a time.
+const FEW: usize = 3;
 /// Time between two attempts: short against any gap that matters, and no burden for a small machine.
 const EVERY: Duration = Duration::from_millis(2);
 
 /// In-pod, both proxies listen in every pod while one replaces the other, and no client notices: the kernel gives new
 /// connections to either, what waits in the old one's queue is taken, and its connections end by themselves.
 ///
-/// On the node, everything leads to one proxy at a time, and there is a gap: from the moment at which the node's objects lead
-/// to the new one until its listeners stand and it knows the pods. It is measured and bounded here. Nothing passes in the
-/// clear meanwhile; connections through the old proxy end.
+/// On the node, everything leads to one proxy at a time. What begins while the node's objects change over loses its first
+/// packet, which is sent again after a second, and reaches the new proxy then: there is a gap, measured and bounded here. Nothing
+/// passes in the clear meanwhile; connections through the old proxy are reset.
 #[rstest]
 fn a_proxy_replaces_another(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
     let mut spec = variant.spec();
@@ -97,14 +99,18 @@ fn a_proxy_replaces_another(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Va
     let gap = out.gap().max(back.gap());
     println!(
         "{variant:?}: the successor took {started:?} to serve, the old proxy {replaced:?} to end; of {} and {} connections {} \
-         and {} failed, the longest gap is {gap:?}",
+         and {} failed, the longest gaps are {:?} and {:?}",
         out.succeeded() + out.failed(),
         back.succeeded() + back.failed(),
         out.failed(),
         back.failed(),
+        out.gap(),
+        back.gap(),
     );
     if variant.is_node() {
         assert!(gap < NODE_GAP, "{gap:?}");
+        // The one that the old proxy was serving at that moment.
+        assert!(out.failed() <= FEW && back.failed() <= FEW);
     } else {
         assert!(gap < Duration::from_secs(2), "{gap:?}");
         assert_eq!(

@@ -136,6 +136,50 @@ fn the_log_filter_is_changed_and_reset() {
     assert_eq!(access_lines(), 1, "a filter that is none changes nothing");
 }
 
+/// A proxy takes the file descriptors that it may have, however few it was started with, and says when they are too few.
+#[rstest]
+#[case::too_few(700, true)]
+#[case::enough(17_000, false)]
+fn the_limit_of_descriptors_is_raised(#[case] hard: u32, #[case] too_few: bool) {
+    let directory = tempfile::tempdir().unwrap();
+    let place = |name: &str| directory.path().join(name).display().to_string();
+    let proxy = format!(
+        "ulimit -Hn {hard}; ulimit -Sn 600; exec {} proxy",
+        harness::ambidex()
+    );
+    let netns = host_net::netns::Netns::create_unnamed().unwrap();
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &proxy])
+        .env("LOCAL_XDS", "workloads: []")
+        .env("AMBIDEX_RUN_DIR", place("run"))
+        .env("AMBIDEX_STATE_DIR", place("state"))
+        .env("AMBIDEX_CA_DIR", place("ca"))
+        .env("LOG_FORMAT", "json")
+        .stdout(Stdio::piped());
+    let mut child = netns.run(|| command.spawn()).unwrap().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let said = lines
+        .map(Result::unwrap)
+        .find(|line| line.contains("file descriptors"));
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said: Value = serde_json::from_str(&said.unwrap()).unwrap();
+    assert_eq!(
+        (&said["before"], &said["limit"]),
+        (&600.into(), &hard.into())
+    );
+    assert_eq!(said["level"] == "WARN", too_few, "{said}");
+    let soft = limits.unwrap().lines().find_map(|line| {
+        line.strip_prefix("Max open files")?
+            .split_whitespace()
+            .next()
+            .map(str::to_owned)
+    });
+    assert_eq!(soft, Some(hard.to_string()));
+}
+
 /// Lists of what the proxy knows, as tables and as documents.
 #[rstest]
 fn the_command_line_lists_what_the_proxy_knows(#[values(NodeHybrid, Inpod)] variant: Variant) {

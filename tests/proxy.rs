@@ -284,7 +284,9 @@ fn the_proxy_says_how_it_is_and_ends_when_asked(#[values("SIGTERM", "/quitquitqu
             .spawn(|| scene.attempt("pod2-1", scene.at("pod1-2"), long, Duration::from_secs(15)));
         eventually("the connection is there", SOON, || {
             let dump: Value = serde_json::from_str(&scene.page(1, 15000, "/config_dump")).unwrap();
-            dump["workloadState"][&scene.pod("pod1-2").uid]["connections"].as_u64() > Some(0)
+            let state = &dump["workloadState"][&scene.pod("pod1-2").uid];
+            let inbound = state["connections"]["inbound"].as_array();
+            inbound.is_some_and(|inbound| !inbound.is_empty())
         });
         let proxy = lab.process(1, Daemon::Proxy).unwrap();
         let started = Instant::now();

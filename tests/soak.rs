@@ -25,11 +25,19 @@ const STEP: Duration = Duration::from_secs(10);
 /// Resident memory that may stay, in KiB: the allocator keeps some pages of every thread.
 const MEMORY_KEPT: u64 = 24 << 10;
 
-/// How long the load goes on: half an hour in the full suite.
-fn duration() -> Duration {
+/// How long the load goes on, and how long each client pauses between two connections: half an hour in the full suite, at a
+/// rate that leaves room for the other tests of a small machine.
+fn dose() -> (Duration, Duration) {
     let all = std::env::var("AMBIDEX_TEST_SUITE").is_ok_and(|suite| suite == "all");
-    Duration::from_secs(if all { 15 * 60 } else { 4 })
+    if all {
+        (Duration::from_secs(30 * 60), Duration::from_millis(50))
+    } else {
+        (Duration::from_secs(4), Duration::ZERO)
+    }
 }
+
+/// Time between two lines about a load that goes on for long.
+const TELLS_EVERY: Duration = Duration::from_secs(120);
 
 #[rstest]
 fn load_leaves_nothing_behind(#[values(NodeHybrid, Inpod)] variant: Variant) {
@@ -54,11 +62,11 @@ fn load_leaves_nothing_behind(#[values(NodeHybrid, Inpod)] variant: Variant) {
             });
         }
         // Opens every tunnel, makes every table as large as it gets, and lets the allocator take what it keeps.
-        load(&scene, Duration::from_millis(1500), &made);
+        load(&scene, (Duration::from_millis(1500), Duration::ZERO), &made);
         settle(&scene);
         let before = [1, 2].map(|node| measure(&scene, node));
         made.store(0, Ordering::Relaxed);
-        load(&scene, duration(), &made);
+        load(&scene, dose(), &made);
         settle(&scene);
         let made = made.load(Ordering::Relaxed);
         assert!(made > 100, "{made} connections are no load");
@@ -125,8 +133,9 @@ fn settle(scene: &Stage) {
 }
 
 /// Connections in all directions, ended in all ways: in order, by one side first, by reset, in the middle of an answer.
-fn load(scene: &Stage, how_long: Duration, made: &AtomicU64) {
-    let until = Instant::now() + how_long;
+fn load(scene: &Stage, (how_long, pause): (Duration, Duration), made: &AtomicU64) {
+    let began = Instant::now();
+    let until = began + how_long;
     let paths = [
         ("pod1-1", "pod2-1"),
         ("pod2-1", "pod1-1"),
@@ -145,8 +154,22 @@ fn load(scene: &Stage, how_long: Duration, made: &AtomicU64) {
                     // A client that ends badly sees errors, as it should.
                     let _ = netns.run(|| exchange(to, round)).unwrap();
                     made.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(pause);
                 }
             });
+        }
+        for told in 1u32.. {
+            let next = began + TELLS_EVERY * told;
+            if next > until {
+                return;
+            }
+            std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            let made = made.load(Ordering::Relaxed);
+            let proxies = [1, 2].map(|node| measure(scene, node));
+            println!(
+                "after {:?} and {made} connections: {proxies:?}",
+                began.elapsed()
+            );
         }
     });
 }

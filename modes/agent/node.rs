@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use host_net::engine;
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
-use host_net::plan::{Family, OverlayKind, Place, Plan};
+use host_net::plan::{Family, OverlayKind, Place, Plan, Step};
 use inpod_redirect::zds::NodeConfiguration;
 use inpod_redirect::zds::server::{ConnectionId, ProxyConnected, ProxyEvent, ProxyHook};
 use node_redirect::facts::{OVERLAY_OVERHEAD, OVERLAY_PORT, TUNNEL_IN, TUNNEL_OUT};
@@ -27,6 +28,9 @@ pub(super) struct NodeSetup {
     pub(super) host_facts: HostFacts,
     pub(super) proxy_facts: ProxyFacts,
 }
+
+/// Under this name the journal has the objects of the proxy that is being replaced.
+const PROXY_BEFORE: &str = "proxy-node-before";
 
 impl Agent {
     pub(super) fn host_place(&self) -> Place {
@@ -90,11 +94,17 @@ impl Agent {
             label: "proxy".to_owned(),
             netns: setup.proxy.clone(),
         };
-        self.converge(
-            &proxy_place,
-            &node_redirect::plan::proxy(&setup.proxy_facts, self.flow()),
-        )
-        .await?;
+        let in_proxy = node_redirect::plan::proxy(&setup.proxy_facts, self.flow());
+        // The earlier proxy's namespace keeps its objects while this one gets its own: it is in use.
+        self.set_aside(&in_proxy.name, &setup.proxy).await?;
+        self.converge(&proxy_place, &in_proxy).await?;
+        // From here until the node leads to the new proxy, packets that begin a connection are lost, and sent again by
+        // whoever waits for an answer: a connection that an earlier proxy took on would be stranded. Those that it has are
+        // cut while it can still say so to their ends.
+        let began = Instant::now();
+        let before = self.node_setup();
+        self.deafen(before.as_ref()).await;
+        self.zds.take_node_pods_from_others(connection).await;
         self.converge(
             &self.host_place(),
             &node_redirect::plan::host(&setup.host_facts, self.flow()),
@@ -104,11 +114,64 @@ impl Agent {
             proxy = %setup.host_facts.proxy_ip,
             device = setup.host_facts.proxy_veth,
             overlay = %overlay,
+            changed_over_in = ?began.elapsed(),
             "node capture is set up"
         );
+        self.take_back_aside(before.as_ref()).await;
         self.status().setup = Some(setup);
         self.converge_pods(Capture::Node).await;
         Ok(())
+    }
+
+    /// Renames the record of a plan in another namespace than `proxy`.
+    async fn set_aside(&self, name: &str, proxy: &Netns) -> anyhow::Result<()> {
+        let Some(record) = self.journal.load(name)? else {
+            return Ok(());
+        };
+        if record.netns != proxy.id() {
+            self.take_back_aside(self.node_setup().as_ref()).await;
+            let mut aside = record;
+            aside.plan.name = PROXY_BEFORE.to_owned();
+            // In this order: what is under both names is taken away twice, which is fine.
+            self.journal.store(&aside)?;
+            self.journal.forget(name)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the rules away by which the earlier proxy's namespace takes packets in; what it sends still finds its way.
+    async fn deafen(&self, before: Option<&NodeSetup>) {
+        let deafened = async {
+            let record = self.journal.load(PROXY_BEFORE)?;
+            if let (Some(mut record), Some(before)) = (record, before)
+                && record.netns == before.proxy.id()
+            {
+                let rule = |step: &Step| matches!(step, Step::Chain(_) | Step::ChainRule(_));
+                record.plan.steps.retain(|step| !rule(step));
+                let place = Place {
+                    label: record.place_label,
+                    netns: before.proxy.clone(),
+                };
+                self.converge(&place, &record.plan).await?;
+                tracing::debug!("the earlier proxy takes no packet any more");
+            }
+            anyhow::Ok(())
+        };
+        if let Err(error) = deafened.await {
+            let error = format!("{error:#}");
+            tracing::warn!(
+                error,
+                "an earlier proxy goes on taking connections while the node changes over"
+            );
+        }
+    }
+
+    /// Takes away what the earlier proxy's namespace has, if it still stands.
+    async fn take_back_aside(&self, before: Option<&NodeSetup>) {
+        let netns = before.map(|setup| &setup.proxy);
+        for error in engine::undo(PROXY_BEFORE, netns, &self.journal).await {
+            tracing::warn!(%error, "the namespace of an earlier proxy is not clean");
+        }
     }
 }
 
@@ -194,39 +257,62 @@ pub(super) fn has_ipv6(netns: &Netns) -> bool {
         .unwrap_or(false)
 }
 
-/// The agent's work between a proxy's Hello and the first pod.
+/// The agent's work when a proxy comes.
 pub(super) struct PrepareNode(pub(super) Arc<Agent>);
 
 impl ProxyHook for PrepareNode {
+    /// Nothing is made yet: an earlier proxy goes on serving while this one learns of the pods.
     async fn on_proxy(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
+        let configuration = self.0.configuration_for(proxy).await;
+        if let Err(error) = &configuration {
+            self.0.status().obstacle = Some(error.clone());
+        }
+        configuration
+    }
+
+    async fn on_snapshot(&self, proxy: &ProxyConnected) -> Result<(), String> {
         // In a task of its own: whoever waits for this gives up after a time, and the kernel is not left half told.
         let (agent, connected) = (Arc::clone(&self.0), proxy.clone());
-        let prepared = tokio::spawn(async move { agent.prepare(&connected).await })
+        let led = tokio::spawn(async move { agent.lead_to(&connected).await })
             .await
             .unwrap_or_else(|error| Err(error.to_string()));
         // The proxy connects again and again; whoever asks what is missing hears of the last attempt.
-        self.0.status().obstacle = prepared.as_ref().err().cloned();
-        prepared
+        self.0.status().obstacle = led.as_ref().err().cloned();
+        led
     }
 }
 
 impl Agent {
-    async fn prepare(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
+    async fn configuration_for(
+        &self,
+        proxy: &ProxyConnected,
+    ) -> Result<Option<NodeConfiguration>, String> {
         if !self.config.mode.uses_node() {
             return Ok(None);
         }
-        let netns = proxy.proxy_netns.clone().ok_or(
-            "this proxy does not speak the extension that node capture needs: use `ambidex proxy` or --mode inpod",
-        )?;
-        let configured = async {
-            self.set_up_node(proxy.id, netns)
-                .await
-                .context("setting up the node capture")?;
-            self.node_configuration().await
-        };
-        configured
-            .await
+        if proxy.proxy_netns.is_none() {
+            return Err(
+                "this proxy does not speak the extension that node capture needs: use `ambidex proxy` or --mode inpod"
+                    .to_owned(),
+            );
+        }
+        let configuration = self.node_configuration().await;
+        configuration
             .map(Some)
+            .map_err(|error| format!("{error:#}"))
+    }
+
+    /// Makes the node's objects lead to a proxy.
+    async fn lead_to(&self, proxy: &ProxyConnected) -> Result<(), String> {
+        let Some(netns) = &proxy.proxy_netns else {
+            return Ok(());
+        };
+        if !self.config.mode.uses_node() {
+            return Ok(());
+        }
+        self.set_up_node(proxy.id, netns.clone())
+            .await
+            .context("setting up the node capture")
             .map_err(|error| format!("{error:#}"))
     }
 
@@ -279,10 +365,14 @@ impl Agent {
         connected: &BTreeMap<ConnectionId, Option<Netns>>,
     ) {
         let served = |setup: &NodeSetup| setup.connection == gone;
-        if let Some((id, Some(netns))) = connected.last_key_value()
-            && self.node_setup().as_ref().is_some_and(served)
-            && let Err(error) = self.set_up_node(*id, netns.clone()).await
-        {
+        let Some((id, Some(netns))) = connected.last_key_value() else {
+            return;
+        };
+        if !self.node_setup().as_ref().is_some_and(served) {
+            return;
+        }
+        self.zds.announce_node_pods(*id).await;
+        if let Err(error) = self.set_up_node(*id, netns.clone()).await {
             tracing::error!(
                 connection = id,
                 error = format!("{error:#}"),

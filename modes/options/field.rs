@@ -81,6 +81,9 @@ pub struct FieldArgs {
     /// Whether unacknowledged data ends a connection after as long as silence does (TCP_USER_TIMEOUT)
     #[arg(long, env = "USER_TIMEOUT_ENABLED", value_name = "BOOL", default_value_t = false, action = ArgAction::Set)]
     pub user_timeout: bool,
+    /// How long a connection may be silent of which one end has ended its direction; 0s: for ever
+    #[arg(long, env = "AMBIDEX_HALF_OPEN_TIMEOUT", value_name = "DURATION", default_value = "1h", value_parser = duration::parse)]
+    pub half_open_timeout: Duration,
     /// How long connections may go on after SIGTERM (default: what the grace period of the pod leaves)
     #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_name = "DURATION", value_parser = duration::parse)]
     pub termination_deadline: Option<Duration>,
@@ -203,6 +206,8 @@ impl FieldArgs {
                 retries: self.keepalive_retries,
             }),
             user_timeout: self.user_timeout.then_some(silence),
+            half_open_timeout: (!self.half_open_timeout.is_zero())
+                .then_some(self.half_open_timeout),
             pool: PoolConfig {
                 max_streams_per_connection: usize::from(self.pool_max_streams),
                 idle_release: self.pool_unused_release,
@@ -249,6 +254,7 @@ impl FieldArgs {
             })),
             "responseBaggage": core.response_baggage,
             "userTimeout": core.user_timeout.map(text),
+            "halfOpenTimeout": core.half_open_timeout.map(text),
             "dns": core.dns.as_ref().map(|dns| json!({
                 "clusterDomain": &*dns.domain,
                 "preferredServiceNamespace": dns.preferred_namespace.as_deref(),

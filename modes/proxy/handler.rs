@@ -11,14 +11,14 @@ use inpod_redirect::zds::client::WorkloadHandler;
 use inpod_redirect::zds::{Add, Mode, NodeConfiguration};
 use node_redirect::plan::Flow;
 use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
-use serde_json::{Value, json};
-use shared_proxy::capture::LocalWorkload;
+use serde_json::Value;
+use shared_proxy::capture::{LocalWorkload, Scope};
 use shared_proxy::core::{Attached, Core};
 use shared_proxy::drain::Drain;
 use shared_proxy::identity::{Certificates, Identity};
 use shared_proxy::telemetry::{ConnectionInfo, Readiness, ReadinessTask, Telemetry};
 
-use super::ProxyConfig;
+use super::{ProxyConfig, dump};
 
 /// Readiness task that is open until the agent's snapshot is served.
 const MANAGER: &str = "workload proxy manager";
@@ -89,16 +89,16 @@ impl Workloads {
         served
             .values()
             .map(|served| {
-                let state = json!({
-                    "state": "Up",
-                    "connections": connections_of(&served.workload, &open),
-                    "captureMode": if served.scope.is_some() { Mode::Inpod.as_str() } else { Mode::Node.as_str() },
-                    "info": {
-                        "name": &*served.workload.name,
-                        "namespace": &*served.workload.namespace,
-                        "serviceAccount": &*served.workload.service_account,
-                    },
-                });
+                let mode = match served.scope {
+                    Some(_) => Mode::Inpod,
+                    None => Mode::Node,
+                };
+                let state = dump::workload_state(
+                    &served.workload,
+                    &self.trust_domain,
+                    mode.as_str(),
+                    &open,
+                );
                 (served.workload.uid.to_string(), state)
             })
             .collect::<serde_json::Map<_, _>>()
@@ -201,8 +201,22 @@ impl WorkloadHandler for Workloads {
                 tokio::spawn(attached.detach(Drain::within(drain)));
             }
             None => {
-                if let Some(node) = lock(&self.node).as_ref() {
+                let capture_mode = lock(&self.node).as_ref().map(|node| {
                     node.scope.withdraw(uid);
+                    node.scope.id().capture_mode
+                });
+                let Some(capture_mode) = capture_mode else {
+                    return;
+                };
+                let core = self.core.clone();
+                let end = async move {
+                    let drain = Drain::within(drain);
+                    core.end_pod(&served.workload, capture_mode, drain).await;
+                };
+                // Whoever gives no time wants to hear when it is over.
+                match drain.is_zero() {
+                    true => end.await,
+                    false => drop(tokio::spawn(end)),
                 }
             }
         }

@@ -1,12 +1,10 @@
 //! Admin, metrics and readiness pages of the proxy.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use anyhow::Context;
-use serde::Serialize;
-use serde_json::{Value, json};
-use shared_proxy::identity::{CertificateInfo, CertificateState, Certificates};
+use serde_json::Value;
+use shared_proxy::identity::Certificates;
 use shared_proxy::state::Store;
 use shared_proxy::telemetry::admin::{
     self, Admin, AdminAddresses, AdminListeners, AdminServer, LogControl,
@@ -14,9 +12,9 @@ use shared_proxy::telemetry::admin::{
 use shared_proxy::telemetry::{Readiness, Telemetry};
 use tokio::sync::Notify;
 
-use super::ProxyConfig;
 use super::handler::Workloads;
 use super::local_pages::{self, SocketFile};
+use super::{ProxyConfig, dump};
 use crate::logging::Log;
 use crate::run_dir::RunDir;
 
@@ -65,7 +63,8 @@ pub(super) fn start(
             None
         }
     };
-    let (workloads_of, services_of, policies_of) = (
+    let (workloads_of, services_of, policies_of, staged_of) = (
+        Arc::clone(sources.store),
         Arc::clone(sources.store),
         Arc::clone(sources.store),
         Arc::clone(sources.store),
@@ -75,48 +74,24 @@ pub(super) fn start(
     let quit = Arc::clone(quit);
     let in_force = sources.in_force.clone();
     let pages = Admin::new(Arc::clone(sources.telemetry), readiness)
-        .section("workloads", move || list(workloads_of.load().workloads()))
-        .section("services", move || list(services_of.load().services()))
-        .section("policies", move || list(policies_of.load().policies()))
+        .section("workloads", move || {
+            dump::list(workloads_of.load().workloads())
+        })
+        .section("services", move || dump::services(&services_of.load()))
+        .section("policies", move || {
+            dump::list(policies_of.load().policies())
+        })
+        .section("stagedServices", move || {
+            dump::staged_services(&staged_of.load())
+        })
         .section("certificates", move || {
-            certificates.list().iter().map(certificate).collect()
+            certificates.list().iter().map(dump::certificate).collect()
         })
         .section("config", move || in_force.clone())
         .section("workloadState", move || workloads.state())
         .logging(log)
+        .profiles(super::profiling::ThisProcess)
         .on_shutdown(move || quit.notify_one());
     let server = admin::serve(pages, listeners).context("admin pages")?;
     Ok((server, file))
-}
-
-/// A list as JSON. What cannot be written is shown as the reason.
-fn list<'a, T: Serialize + 'a>(items: impl Iterator<Item = &'a T>) -> Value {
-    items
-        .map(|item| {
-            serde_json::to_value(item).unwrap_or_else(|error| Value::String(error.to_string()))
-        })
-        .collect()
-}
-
-/// A certificate as the configuration dump shows it, with times in seconds since 1970.
-fn certificate(info: &CertificateInfo) -> Value {
-    let (state, error) = match &info.state {
-        CertificateState::Initializing => ("Initializing", None),
-        CertificateState::Available => ("Available", None),
-        CertificateState::NotRenewed(error) => ("Available", Some(error.to_string())),
-        CertificateState::Unavailable(error) => ("Unavailable", Some(error.to_string())),
-    };
-    let seconds = |time: SystemTime| {
-        time.duration_since(SystemTime::UNIX_EPOCH)
-            .map(|since| since.as_secs())
-            .ok()
-    };
-    json!({
-        "identity": info.identity.to_string(),
-        "state": state,
-        "error": error,
-        "serialNumber": info.serial,
-        "validFrom": info.not_before.and_then(seconds),
-        "expirationTime": info.not_after.and_then(seconds),
-    })
 }

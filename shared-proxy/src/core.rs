@@ -8,6 +8,8 @@ mod config;
 mod dial;
 mod ending;
 mod enforce;
+mod half_open;
+mod pod_end;
 mod resolve;
 mod workload;
 
@@ -55,6 +57,7 @@ pub(crate) struct Shared {
     pub(crate) pool: Pool<PoolKey, Tunnel, TunnelError>,
     dns_metrics: DnsMetrics,
     admissions: enforce::Admissions,
+    pod_tunnels: pod_end::PodTunnels,
     attachments: Mutex<HashMap<u64, Drainer>>,
     next_attachment: AtomicU64,
     ended: AtomicBool,
@@ -118,11 +121,15 @@ impl Core {
             pool,
             dns_metrics,
             admissions: enforce::Admissions::default(),
+            pod_tunnels: pod_end::PodTunnels::default(),
             attachments: Mutex::default(),
             next_attachment: AtomicU64::new(1),
             ended: AtomicBool::new(false),
         });
         tokio::spawn(enforce::enforce(Arc::downgrade(&shared)));
+        if let Some(limit) = shared.config.half_open_timeout {
+            tokio::spawn(half_open::close(Arc::downgrade(&shared), limit));
+        }
         let weak = Arc::downgrade(&shared);
         shared.telemetry.gauge(
             "ambidex_pooled_tunnels",
@@ -292,6 +299,8 @@ impl Attached {
 impl Drop for Attached {
     fn drop(&mut self) {
         self.drainer.cut();
+        // A scope of one pod is called by its UID.
+        self.shared.pod_tunnels.forget(&self.id.instance);
         self.shared.release(self.number);
         self.shared.attachments().remove(&self.number);
     }

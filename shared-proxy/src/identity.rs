@@ -6,6 +6,7 @@
 
 mod authority;
 mod certificate;
+mod facts;
 mod local_ca;
 mod manager;
 mod provider;
@@ -14,6 +15,7 @@ mod verify;
 
 pub use authority::{CaError, CertificateAuthority};
 pub use certificate::{ALPN_H2, CertificateError, WorkloadCertificate};
+pub use facts::CertificateFacts;
 pub use local_ca::{DEFAULT_LEAF_TTL, LocalCa, LocalCaError, ROOT_VALIDITY, SigningError};
 pub use manager::{CertificateInfo, CertificateState, Certificates, RefreshPolicy};
 pub use provider::{PostQuantumError, provider, require_post_quantum};

@@ -105,6 +105,7 @@ pub(crate) async fn arrive(
             .then(|| arrival.authority.address().unwrap_or(target.meant).into()),
         mutual_tls: arrival.tunnelled,
     });
+    record.ended_by(signal.cutter());
     let admitted = attachment.core.admit(
         &workload,
         arrival.client,

@@ -104,6 +104,7 @@ async fn prepare(
         source: telemetry.open(opening(attachment, &source, &destination)),
         destination: None,
     };
+    accounts.source.ended_by(signal.cutter());
     match connect(attachment, &source, &destination, &mut accounts, signal).await {
         Ok(upstream) => {
             attachment.took(Step::Total, Direction::Outbound, began);

@@ -25,9 +25,11 @@ pub mod access_log;
 pub mod admin;
 mod connection;
 mod exposition;
+mod half_open;
 mod labels;
 mod latency;
 mod metrics;
+mod open;
 mod process;
 mod readiness;
 mod runtime;
@@ -36,8 +38,10 @@ mod series;
 mod tests;
 
 pub use connection::{ApplicationLeg, ConnectionInfo, ConnectionRecord, EndpointInfo, TunnelLeg};
+pub use half_open::HalfOpenWatch;
 pub use latency::Step;
 pub use metrics::WorkloadManagerMetrics;
+pub use open::OpenConnections;
 pub use readiness::{Readiness, ReadinessTask};
 pub use series::SeriesLimits;
 
@@ -318,6 +322,20 @@ impl Telemetry {
     /// The open connections, oldest first.
     pub fn connections(&self) -> Vec<ConnectionInfo> {
         self.live.infos()
+    }
+
+    /// The open connections from and to these addresses that a capture brought.
+    pub fn connections_of(
+        &self,
+        addresses: &[std::net::IpAddr],
+        capture_mode: &'static str,
+    ) -> OpenConnections {
+        OpenConnections::of(&self.live, addresses, capture_mode)
+    }
+
+    /// Finds connections that are half-open for too long.
+    pub fn half_open_watch(&self) -> HalfOpenWatch {
+        HalfOpenWatch::new(Arc::clone(&self.live))
     }
 
     /// Counters of the part that starts and stops pods' listeners.

@@ -115,8 +115,7 @@ pub enum ProxyEvent {
 
 /// The agent's work between a proxy's Hello and the first pod.
 pub trait ProxyHook: Send + Sync + 'static {
-    /// Prepares the node for this proxy: with node capture, the kernel objects on the host and in
-    /// [`ProxyConnected::proxy_netns`]. Pods are announced only after it returns. The configuration is sent to a proxy
+    /// Says how this proxy is to capture on the node. Pods are announced only after it returns. The configuration is sent to a proxy
     /// that speaks the extension; `None` means that this node captures no pods on the node. An error closes the
     /// connection (the proxy connects again). Must not wait for [`ZdsHandle::add`] or [`ZdsHandle::del`]: they wait for
     /// it.
@@ -124,6 +123,13 @@ pub trait ProxyHook: Send + Sync + 'static {
         &self,
         proxy: &ProxyConnected,
     ) -> impl Future<Output = Result<Option<NodeConfiguration>, String>> + Send;
+
+    /// The proxy has its listeners and has acknowledged every pod of the snapshot: what leads traffic to it can be made.
+    /// An error closes the connection. As [`ProxyHook::on_proxy`], it must not wait for pods.
+    fn on_snapshot(
+        &self,
+        proxy: &ProxyConnected,
+    ) -> impl Future<Output = Result<(), String>> + Send;
 }
 
 /// A pod in the registry.
@@ -150,6 +156,16 @@ struct Connection {
     // Unbounded: every sender waits for the answer to its request, so callers bound it.
     queue: mpsc::UnboundedSender<Command>,
 }
+
+impl Connection {
+    /// False if the connection is gone.
+    fn tell(&self, command: Command) -> bool {
+        self.queue.send(command).is_ok()
+    }
+}
+
+/// How long proxies may take that are not the one that is being connected.
+const OTHERS_ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
 struct State {
@@ -350,6 +366,57 @@ impl ZdsHandle {
             }
         }
         result
+    }
+
+    /// Announces the node-captured pods to one connection, which is to serve them again.
+    pub async fn announce_node_pods(&self, id: ConnectionId) {
+        let announce = |connection: &Connection, add: &Arc<Add>, reply| {
+            connection.id == id && connection.tell(Command::Add(Arc::clone(add), reply))
+        };
+        self.tell_of_node_pods(announce).await;
+    }
+
+    /// Tells every connection but one that the node-captured pods are not its own any more: it cuts their connections, so
+    /// that their ends learn of it while there is still a way to them.
+    pub async fn take_node_pods_from_others(&self, id: ConnectionId) {
+        let take = |connection: &Connection, add: &Arc<Add>, reply| {
+            let del = Command::Del(Arc::clone(&add.uid), Duration::ZERO, reply);
+            connection.id != id && connection.extension && connection.tell(del)
+        };
+        self.tell_of_node_pods(take).await;
+    }
+
+    /// Queues a request for each connection and each node-captured pod, and waits for the answers: not for ever, because a
+    /// proxy that hangs must not keep the others from serving.
+    async fn tell_of_node_pods(
+        &self,
+        tell: impl Fn(&Connection, &Arc<Add>, oneshot::Sender<Result<(), ZdsError>>) -> bool,
+    ) {
+        let answers: Vec<_> = {
+            let state = self.shared.state();
+            let pods = state.registry.values().filter_map(|pod| match pod {
+                Registered::Ready(add) if add.mode == Mode::Node => Some(add),
+                _ => None,
+            });
+            pods.flat_map(|add| state.connections.iter().map(move |it| (it, add)))
+                .filter_map(|(connection, add)| {
+                    let (reply, answer) = oneshot::channel();
+                    tell(connection, add, reply).then_some(answer)
+                })
+                .collect()
+        };
+        let all = async {
+            for answer in answers {
+                // A connection that was lost serves nobody, or will be told everything again.
+                let _ = answer.await;
+            }
+        };
+        if tokio::time::timeout(OTHERS_ANSWER_WITHIN, all)
+            .await
+            .is_err()
+        {
+            warn!("a proxy does not answer; it is not waited for");
+        }
     }
 
     /// What the latest connection that speaks the extension serves.

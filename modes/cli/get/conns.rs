@@ -131,7 +131,8 @@ pub(super) struct Half {
     source: End,
     destination: End,
     service: Option<String>,
-    hbone_addr: Option<SocketAddr>,
+    /// `ADDRESS:PORT` or `HOSTNAME:PORT`.
+    hbone_addr: Option<String>,
     mutual_tls: bool,
     sent: u64,
     received: u64,
@@ -204,8 +205,12 @@ impl Half {
         self.id
     }
 
-    fn target(&self) -> SocketAddr {
-        self.hbone_addr.unwrap_or(self.destination.addr)
+    /// The port that was asked for.
+    fn port(&self) -> u16 {
+        let asked = self.hbone_addr.as_deref();
+        asked
+            .and_then(|asked| asked.rsplit_once(':')?.1.parse().ok())
+            .unwrap_or(self.destination.addr.port())
     }
 }
 
@@ -344,6 +349,7 @@ pub(super) fn table(connections: &[Connection], wide: bool) -> Table {
     if wide {
         header.extend([
             "CLIENT LEG",
+            "HBONE ADDRESS",
             "TUNNEL",
             "APPLICATION LEG",
             "SOURCE IDENTITY",
@@ -377,7 +383,7 @@ fn row(connection: &Connection, one: &Half, wide: bool) -> Vec<String> {
     let text = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let mut row = vec![
         source.shown(source.addr.port()),
-        destination.shown(inbound.unwrap_or(one).target().port()),
+        destination.shown(inbound.unwrap_or(one).port()),
         text(one.service.clone()),
         modes.join(">"),
         if one.hbone_addr.is_some() {
@@ -394,10 +400,14 @@ fn row(connection: &Connection, one: &Half, wide: bool) -> Vec<String> {
     ];
     if wide {
         let tunnel = connection.halves().find_map(|half| half.tunnel);
+        let asked = connection
+            .halves()
+            .find_map(|half| half.hbone_addr.as_ref());
         // The last hop is the destination's; a source without a tunnel has made it itself.
         let application = inbound.or(outbound).and_then(|half| half.application);
         row.extend([
             text(outbound.map(|half| half.source.addr.to_string())),
+            text(asked.cloned()),
             text(tunnel.map(|it| format!("{}>{}#{}", it.client, it.server, it.stream))),
             text(application.map(|it| format!("{}>{}", it.local, it.peer))),
             text(source.identity.clone()),

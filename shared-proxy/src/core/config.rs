@@ -32,6 +32,10 @@ impl Default for Keepalive {
     }
 }
 
+/// Connection tracking forgets a silent half-closed connection after one or two minutes (`nf_conntrack_tcp_timeout_close_wait`,
+/// `_fin_wait`), so an hour ends none that anything else would have let live.
+const HALF_OPEN: Duration = Duration::from_secs(3600);
+
 impl Keepalive {
     fn to_socket(&self) -> socket2::TcpKeepalive {
         socket2::TcpKeepalive::new()
@@ -64,6 +68,9 @@ pub struct CoreConfig {
     /// How long data may stay unacknowledged before the connection counts as dead (`TCP_USER_TIMEOUT`); `None` leaves it to
     /// the kernel.
     pub user_timeout: Option<Duration>,
+    /// How long a connection may be silent of which one end has ended its direction; it is reset then. Not the field's,
+    /// which waits for ever; `None` does.
+    pub half_open_timeout: Option<Duration>,
     /// HTTP/2 of the tunnels.
     pub hbone: HboneConfig,
     /// Reuse of the tunnels.
@@ -105,6 +112,7 @@ impl Default for CoreConfig {
             response_baggage: false,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
+            half_open_timeout: Some(HALF_OPEN),
             hbone: HboneConfig::default(),
             pool: PoolConfig::default(),
             dns: None,

@@ -157,6 +157,7 @@ async fn run(mut connection: Connection, session: Arc<Session>, signal: Signal) 
     let config = session.attachment.core.config.hbone.clone();
     let pings = connection.ping_pong();
     let mut dead = pin!(watch(pings, &config));
+    let of_pod = session.attachment.core.tunnel_to(&session.pod);
     let mut going_away = false;
     loop {
         tokio::select! {
@@ -174,7 +175,12 @@ async fn run(mut connection: Connection, session: Arc<Session>, signal: Signal) 
                 going_away = true;
                 connection.graceful_shutdown();
             }
+            () = of_pod.draining(), if !going_away => {
+                going_away = true;
+                connection.graceful_shutdown();
+            }
             () = signal.cut(), if going_away => return,
+            () = of_pod.cut(), if going_away => return,
             () = &mut dead => {
                 tracing::warn!(
                     client = %session.client, %peer,

@@ -59,6 +59,7 @@ pub struct WorkloadCertificate {
     not_before: SystemTime,
     not_after: SystemTime,
     serial: String,
+    root_certificates: Vec<CertificateDer<'static>>,
     server: Arc<ServerConfig>,
     /// A client configuration that expects nobody.
     client: ClientConfig,
@@ -85,9 +86,10 @@ impl WorkloadCertificate {
         let tls = |e| CertificateError::Tls(identity.clone(), e);
         let certified = Arc::new(CertifiedKey::from_der(chain, key, &provider()).map_err(tls)?);
         let mut store = RootCertStore::empty();
-        for root in roots {
-            store.add(root).map_err(tls)?;
+        for root in &roots {
+            store.add(root.clone()).map_err(tls)?;
         }
+        let root_certificates = roots;
         let roots = Arc::new(store);
         let server = Arc::new(server_config(&identity, &certified, &roots)?);
         let client = client_config(&certified, &roots)
@@ -99,6 +101,7 @@ impl WorkloadCertificate {
             not_before,
             not_after,
             serial,
+            root_certificates,
             server,
             client,
             clients: Mutex::default(),
@@ -113,6 +116,11 @@ impl WorkloadCertificate {
     /// Leaf first, then intermediates.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
+    }
+
+    /// Whom its holder trusts.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.root_certificates
     }
 
     /// First moment of its validity (certificates count whole seconds).

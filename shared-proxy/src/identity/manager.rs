@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use rand::Rng;
+use rustls::pki_types::CertificateDer;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::AbortHandle;
@@ -304,6 +305,10 @@ pub struct CertificateInfo {
     pub not_before: Option<SystemTime>,
     /// End of its validity.
     pub not_after: Option<SystemTime>,
+    /// The certificate and its intermediates.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Whom its holder trusts.
+    pub roots: Vec<CertificateDer<'static>>,
 }
 
 /// What can be had for an identity.
@@ -334,6 +339,8 @@ impl CertificateInfo {
             serial: certificate.map(|c| c.serial_hex().to_owned()),
             not_before: certificate.map(|c| c.valid_from()),
             not_after: certificate.map(|c| c.expires()),
+            chain: certificate.map_or_else(Vec::new, |c| c.chain().to_vec()),
+            roots: certificate.map_or_else(Vec::new, |c| c.roots().to_vec()),
         }
     }
 }

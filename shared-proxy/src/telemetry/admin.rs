@@ -21,8 +21,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use super::{Readiness, Telemetry};
 
 mod pages;
+mod profile;
 #[cfg(test)]
 mod tests;
+
+pub use profile::{ProfileError, Profiler};
 
 /// Port of the admin pages (the field's number).
 pub const ADMIN_PORT: u16 = 15000;
@@ -37,7 +40,7 @@ const CONNECTIONS: usize = 64;
 const HEAD_LIMIT: usize = 16 * 1024;
 /// A client must have sent its request head within this time.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// And have read its answer within this one.
+/// And have read its answer within this one; on the admin port it may wait for a profile in addition.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The program's log filter, behind `/logging`.
@@ -57,6 +60,7 @@ pub struct Admin {
     readiness: Readiness,
     sections: Vec<(&'static str, Section)>,
     logging: Option<Box<dyn LogControl>>,
+    profiles: Option<profile::Profiles>,
     shutdown: Option<Shutdown>,
 }
 
@@ -78,6 +82,7 @@ impl Admin {
             readiness,
             sections: Vec::new(),
             logging: None,
+            profiles: None,
             shutdown: None,
         }
     }
@@ -96,6 +101,12 @@ impl Admin {
     /// Makes `/logging` work.
     pub fn logging(mut self, control: impl LogControl) -> Self {
         self.logging = Some(Box::new(control));
+        self
+    }
+
+    /// Makes `/debug/pprof/*` work.
+    pub fn profiles(mut self, profiler: impl Profiler) -> Self {
+        self.profiles = Some(profile::Profiles::new(profiler));
         self
     }
 
@@ -234,6 +245,8 @@ pub fn serve(admin: Admin, listeners: AdminListeners) -> io::Result<AdminServer>
             // Ends with an error when the sender is dropped, which is the signal.
             let _ = stopped.await;
         });
+        // Without waiting for a profile that is being taken.
+        runtime.shutdown_background();
     })?;
     Ok(AdminServer {
         stop: Some(stop),
@@ -283,6 +296,10 @@ where
             service_fn(|request| pages::answer(site, &admin, request)),
         );
     // Errors are the client's: it went away, or sent nothing sensible and was told so.
-    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+    let limit = match site {
+        Site::Admin => CONNECTION_TIMEOUT + profile::LONGEST,
+        Site::Metrics | Site::Readiness => CONNECTION_TIMEOUT,
+    };
+    let _ = tokio::time::timeout(limit, connection).await;
     drop(place);
 }

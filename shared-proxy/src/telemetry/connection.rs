@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::drain::Cutter;
 use crate::hbone::authority::Authority;
 use crate::state::Service;
 
@@ -35,6 +36,7 @@ pub(super) struct Late {
     pub hbone_addr: Option<Authority>,
     pub mutual_tls: bool,
     legs: Legs,
+    cutter: Option<Cutter>,
     series: Option<Arc<Series>>,
     counted: Moved,
 }
@@ -55,6 +57,8 @@ pub(super) struct Live {
     received: AtomicU64,
     client_ended: Moment,
     application_ended: Moment,
+    /// Why it was ended from here, if it was.
+    cut_because: OnceLock<String>,
 }
 
 /// When something happened, in milliseconds after the connection was opened and one more; 0 if it has not.
@@ -90,6 +94,46 @@ impl Live {
             sent: self.sent.load(Relaxed),
             received: self.received.load(Relaxed),
         }
+    }
+
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Address of the end that is captured here.
+    pub fn captured_end(&self) -> SocketAddr {
+        match self.fixed.direction {
+            Direction::Inbound => self.late().destination.addr,
+            Direction::Outbound => self.fixed.source.addr,
+        }
+    }
+
+    /// Everything that was moved.
+    pub fn bytes(&self) -> u64 {
+        let moved = self.moved();
+        moved.sent.wrapping_add(moved.received)
+    }
+
+    /// The end that has ended its direction while the other one has not.
+    pub fn half_open(&self) -> Option<&'static str> {
+        let ended = |moment: &Moment| moment.0.load(Relaxed) != 0;
+        match (ended(&self.client_ended), ended(&self.application_ended)) {
+            (true, false) => Some("client"),
+            (false, true) => Some("application"),
+            _ => None,
+        }
+    }
+
+    /// Ends the connection for this reason. False if it cannot be ended, or was before.
+    pub fn cut_as(&self, reason: String) -> bool {
+        let Some(cutter) = self.late().cutter.clone() else {
+            return false;
+        };
+        let first = self.cut_because.set(reason).is_ok();
+        if first {
+            cutter.cut();
+        }
+        first
     }
 
     pub fn kind(&self) -> (Direction, &'static str) {
@@ -148,7 +192,7 @@ impl Live {
             source: source.into(),
             destination: (&late.destination).into(),
             service: late.service.as_ref().map(|s| s.hostname.to_string()),
-            hbone_addr: late.hbone_addr.as_ref().and_then(Authority::address),
+            hbone_addr: late.hbone_addr.as_ref().map(ToString::to_string),
             mutual_tls: late.mutual_tls,
             sent: moved.sent,
             received: moved.received,
@@ -173,6 +217,10 @@ impl LiveConnections {
         self.shards[id as usize % self.shards.len()]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn is_open(&self, id: u64) -> bool {
+        self.shard(id).contains_key(&id)
     }
 
     /// The live connections, in no order. No lock is held when it returns.
@@ -209,8 +257,8 @@ pub struct ConnectionInfo {
     pub destination: EndpointInfo,
     /// Host name of the service that the client named.
     pub service: Option<String>,
-    /// Destination inside the tunnel.
-    pub hbone_addr: Option<SocketAddr>,
+    /// Destination inside the tunnel: `ADDRESS:PORT` or `HOSTNAME:PORT`.
+    pub hbone_addr: Option<String>,
     /// Whether the peers authenticated each other.
     pub mutual_tls: bool,
     /// Bytes from the client towards the destination.
@@ -312,6 +360,7 @@ impl ConnectionRecord {
                 hbone_addr: opening.hbone_addr,
                 mutual_tls: opening.mutual_tls,
                 legs: Legs::default(),
+                cutter: None,
                 series: None,
                 counted: Moved {
                     sent: 0,
@@ -322,6 +371,7 @@ impl ConnectionRecord {
             received: AtomicU64::new(0),
             client_ended: Moment::default(),
             application_ended: Moment::default(),
+            cut_because: OnceLock::new(),
         });
         if destination_known {
             live.flush(table);
@@ -371,6 +421,11 @@ impl ConnectionRecord {
         self.live.late().legs.application = Some(leg);
     }
 
+    /// Tells what ends the task of the connection: to be called before anything is waited for.
+    pub fn ended_by(&self, cutter: Cutter) {
+        self.live.late().cutter = Some(cutter);
+    }
+
     /// Tells where the connection goes, if that was not known at opening. The labels of the metrics are fixed by whatever
     /// comes first: an opening with a destination workload or service, this call, a scrape, or the end. Later calls
     /// change the access log only.
@@ -391,7 +446,10 @@ impl ConnectionRecord {
 
     /// Ends the connection: counters, access log, and it leaves the list of live connections.
     pub fn finish(mut self, outcome: Result<(), ConnectionError>) {
-        self.end(outcome.err().as_ref());
+        let because = self.live.cut_because.get();
+        let because = because.map(|reason| ConnectionError::new(ResponseFlag::None, reason));
+        let error = outcome.err().map(|error| because.unwrap_or(error));
+        self.end(error.as_ref());
     }
 
     fn end(&mut self, error: Option<&ConnectionError>) {
@@ -423,7 +481,9 @@ impl ConnectionRecord {
 impl Drop for ConnectionRecord {
     fn drop(&mut self) {
         if !self.finished {
-            self.end(Some(&ConnectionError::new(ResponseFlag::None, "aborted")));
+            let reason = self.live.cut_because.get();
+            let reason = reason.map_or("aborted", String::as_str).to_owned();
+            self.end(Some(&ConnectionError::new(ResponseFlag::None, reason)));
         }
     }
 }

@@ -143,6 +143,10 @@ impl Link {
             self.configure(configuration).await?;
         }
         self.snapshot(shared).await?;
+        timeout(HOOK_TIMEOUT, hook.on_snapshot(&proxy))
+            .await
+            .unwrap_or_else(|_| Err(format!("not done within {HOOK_TIMEOUT:?}")))
+            .map_err(LinkError::Hook)?;
         let _ = events.send(ProxyEvent::SnapshotSent { id: self.id });
         loop {
             tokio::select! {

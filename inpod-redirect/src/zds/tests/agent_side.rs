@@ -13,12 +13,24 @@ use crate::zds::server::{ProxyConnected, ProxyEvent, ProxyHook, ZdsError, ZdsHan
 struct Hook {
     asked: Mutex<Vec<ProxyConnected>>,
     configuration: Option<NodeConfiguration>,
+    /// Connections whose snapshot was acknowledged.
+    led_to: Mutex<Vec<u64>>,
+    /// What it says then.
+    refusal: Option<String>,
 }
 
 impl ProxyHook for Hook {
     async fn on_proxy(&self, proxy: &ProxyConnected) -> Result<Option<NodeConfiguration>, String> {
         self.asked.lock().unwrap().push(proxy.clone());
         Ok(self.configuration.clone())
+    }
+
+    async fn on_snapshot(&self, proxy: &ProxyConnected) -> Result<(), String> {
+        self.led_to.lock().unwrap().push(proxy.id);
+        match &self.refusal {
+            Some(reason) => Err(reason.clone()),
+            None => Ok(()),
+        }
     }
 }
 

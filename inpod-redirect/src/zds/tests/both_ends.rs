@@ -16,6 +16,10 @@ impl ProxyHook for Hook {
             node_addresses: vec!["10.244.1.1".parse().unwrap()],
         }))
     }
+
+    async fn on_snapshot(&self, _: &ProxyConnected) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 #[tokio::test]

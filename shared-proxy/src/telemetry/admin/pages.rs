@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use serde_json::{Map, json};
 
+use super::profile::Kind;
 use super::{Admin, Site};
 use crate::telemetry::exposition::wants_open_metrics;
 
@@ -18,22 +19,31 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const BINARY: &str = "application/octet-stream";
 
-type Answer = Response<Full<Bytes>>;
+pub(super) type Answer = Response<Full<Bytes>>;
 
 struct Page {
     path: &'static str,
     methods: &'static [Method],
     about: &'static str,
-    show: fn(&Admin, &Query) -> Answer,
+    show: Show,
 }
 
-struct Query {
+/// How an answer is made.
+#[derive(Clone, Copy)]
+enum Show {
+    Now(fn(&Admin, &Query) -> Answer),
+    Profile(Kind),
+}
+
+pub(super) struct Query {
     method: Method,
-    text: String,
+    pub(super) text: String,
     accept: Option<String>,
 }
 
+const ONLY_GET: &[Method] = &[Method::GET];
 const READ: &[Method] = &[Method::GET, Method::HEAD];
 const READ_AND_POST: &[Method] = &[Method::GET, Method::HEAD, Method::POST];
 const POST: &[Method] = &[Method::POST];
@@ -43,31 +53,43 @@ const ADMIN: &[Page] = &[
         path: "/",
         methods: READ,
         about: "this list",
-        show: index,
+        show: Show::Now(index),
     },
     Page {
         path: "/config_dump",
         methods: READ,
         about: "what this proxy knows, as JSON; ?section=NAME shows one part of it",
-        show: config_dump,
+        show: Show::Now(config_dump),
     },
     Page {
         path: "/connections",
         methods: READ,
         about: "the open connections, as JSON",
-        show: connections,
+        show: Show::Now(connections),
     },
     Page {
         path: "/logging",
         methods: READ_AND_POST,
         about: "GET shows the log filter; POST ?level=FILTER sets it, ?level=reset goes back",
-        show: logging,
+        show: Show::Now(logging),
     },
     Page {
         path: "/quitquitquit",
         methods: POST,
         about: "POST drains and stops this proxy",
-        show: quit,
+        show: Show::Now(quit),
+    },
+    Page {
+        path: "/debug/pprof/profile",
+        methods: ONLY_GET,
+        about: "where processor time goes, for pprof; ?seconds=10&frequency=100",
+        show: Show::Profile(Kind::Cpu),
+    },
+    Page {
+        path: "/debug/pprof/heap",
+        methods: ONLY_GET,
+        about: "who allocated the memory in use, for pprof",
+        show: Show::Profile(Kind::Heap),
     },
 ];
 
@@ -76,13 +98,13 @@ const METRICS: &[Page] = &[
         path: "/metrics",
         methods: READ,
         about: "metrics",
-        show: metrics,
+        show: Show::Now(metrics),
     },
     Page {
         path: "/stats/prometheus",
         methods: READ,
         about: "the same",
-        show: metrics,
+        show: Show::Now(metrics),
     },
 ];
 
@@ -90,7 +112,7 @@ const READINESS: &[Page] = &[Page {
     path: "/healthz/ready",
     methods: READ,
     about: "200 when ready, 500 with what is missing",
-    show: ready,
+    show: Show::Now(ready),
 }];
 
 fn pages(site: Site) -> &'static [Page] {
@@ -140,7 +162,14 @@ pub(super) async fn answer(
             .and_then(|value| value.to_str().ok())
             .map(str::to_owned),
     };
-    Ok((page.show)(admin, &query))
+    Ok(match (page.show, &admin.profiles) {
+        (Show::Now(show), _) => show(admin, &query),
+        (Show::Profile(kind), Some(profiles)) => profiles.answer(kind, &query).await,
+        (Show::Profile(_), None) => text(
+            StatusCode::NOT_IMPLEMENTED,
+            "this process takes no profiles of itself\n",
+        ),
+    })
 }
 
 /// Reads a body to its end without keeping it, because closing a socket with unread bytes resets the connection and the
@@ -162,7 +191,7 @@ async fn swallow(mut body: Incoming) -> bool {
 fn list(site: Site) -> String {
     pages(site)
         .iter()
-        .map(|page| format!("{:<20}{}\n", page.path, page.about))
+        .map(|page| format!("{:<24}{}\n", page.path, page.about))
         .collect()
 }
 
@@ -282,7 +311,11 @@ fn failure(error: &dyn std::fmt::Display) -> Answer {
     text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n"))
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+pub(super) fn binary(body: Vec<u8>) -> Answer {
+    respond(StatusCode::OK, BINARY, body)
+}
+
+pub(super) fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     respond(status, TEXT, body)
 }
 
@@ -296,7 +329,7 @@ fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes
 }
 
 /// First value of a query parameter, percent-decoded.
-fn parameter(query: &str, name: &str) -> Option<String> {
+pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
     query
         .split('&')
         .filter_map(|pair| pair.split_once('='))
