@@ -6,6 +6,8 @@
 
 mod config;
 mod event;
+#[cfg(test)]
+mod fuzz;
 pub mod install;
 mod run;
 

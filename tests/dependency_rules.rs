@@ -9,20 +9,25 @@ use std::sync::LazyLock;
 use serde_json::Value;
 
 /// Crate of this workspace → the crates of this workspace that it may depend on, for building and for testing.
-const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
-    ("shared-proxy", &[]),
-    ("host-net", &[]),
+const MAY_DEPEND_ON: [(&str, &[&str]); 9] = [
+    ("fuzz-driver", &[]),
+    ("shared-proxy", &["fuzz-driver"]),
+    ("host-net", &["fuzz-driver"]),
     ("node-redirect", &["shared-proxy", "host-net"]),
-    ("inpod-redirect", &["shared-proxy", "host-net"]),
+    (
+        "inpod-redirect",
+        &["shared-proxy", "host-net", "fuzz-driver"],
+    ),
     (
         "splice-relay",
-        &["shared-proxy", "host-net", "inpod-redirect"],
+        &["shared-proxy", "host-net", "inpod-redirect", "fuzz-driver"],
     ),
-    ("control-plane", &["shared-proxy"]),
+    ("control-plane", &["shared-proxy", "fuzz-driver"]),
     ("lab", &["host-net"]),
     (
         "ambidex",
         &[
+            "fuzz-driver",
             "shared-proxy",
             "host-net",
             "node-redirect",

@@ -216,7 +216,7 @@ fn signing_request(identity: &Identity) -> Result<(KeyPair, String), rcgen::Erro
 
 /// Leaf and intermediates, and roots. The last element of the answer holds the roots, of which there are several while a
 /// CA is replaced; an answer of one element has its root at the end.
-fn chain_and_roots(
+pub(crate) fn chain_and_roots(
     response: &CreateCertificateResponse,
 ) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), IssueError> {
     let mut chain = Vec::new();

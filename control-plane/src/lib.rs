@@ -8,6 +8,8 @@ pub mod ads;
 pub mod backoff;
 pub mod ca;
 pub mod convert;
+#[cfg(test)]
+mod fuzz;
 pub mod messages;
 pub mod server;
 pub mod transport;

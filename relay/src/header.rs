@@ -155,4 +155,6 @@ fn addresses(family: u8, rest: &[u8]) -> Result<Header, HeaderError> {
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

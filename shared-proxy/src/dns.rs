@@ -5,6 +5,8 @@
 //! the proxy's `resolv.conf`, by the transport that it came by, and their answer goes back as it is (`upstream`). Nothing is
 //! cached: an answer of the mesh is one map lookup, and resolvers cache by themselves.
 
+#[cfg(test)]
+mod fuzz;
 pub mod lookup;
 pub mod message;
 mod metrics;

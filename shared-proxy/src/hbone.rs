@@ -6,6 +6,8 @@
 pub mod authority;
 pub(crate) mod baggage;
 pub mod client;
+#[cfg(test)]
+mod fuzz;
 mod liveness;
 pub mod server;
 pub mod stream;

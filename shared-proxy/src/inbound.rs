@@ -1,5 +1,7 @@
 //! Connections to captured pods: policy, then the last hop.
 
+#[cfg(test)]
+mod fuzz;
 pub mod plaintext;
 mod proxy_protocol;
 mod target;

@@ -6,6 +6,8 @@
 
 mod address;
 pub mod balancing;
+#[cfg(test)]
+mod fuzz;
 pub mod gateway;
 pub mod local_xds;
 mod on_demand;

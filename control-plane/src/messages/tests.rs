@@ -9,6 +9,8 @@ use super::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Kind};
 use super::workload::{Address, AddressType, Destination, Service, Workload};
 use super::*;
 
+mod order;
+
 /// Hexadecimal text with blanks and line breaks.
 pub(crate) fn hex(text: &str) -> Vec<u8> {
     let digits: String = text.chars().filter(|c| !c.is_whitespace()).collect();

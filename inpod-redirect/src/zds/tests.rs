@@ -2,6 +2,7 @@
 
 mod agent_side;
 mod both_ends;
+mod fuzz;
 mod proxy_side;
 mod wire;
 

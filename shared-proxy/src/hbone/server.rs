@@ -291,7 +291,7 @@ async fn admit(
 }
 
 /// Where a stream wants to go, or why its request is none.
-fn authority(request: &Request<RecvStream>) -> Result<Authority, String> {
+pub(super) fn authority<B>(request: &Request<B>) -> Result<Authority, String> {
     if request.method() != Method::CONNECT {
         return Err(format!("method {} instead of CONNECT", request.method()));
     }
@@ -302,7 +302,7 @@ fn authority(request: &Request<RecvStream>) -> Result<Authority, String> {
 }
 
 /// What the headers say. A peer in another network is known by its baggage only.
-fn claims(network: &str, headers: &HeaderMap) -> Claims {
+pub(super) fn claims(network: &str, headers: &HeaderMap) -> Claims {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let foreign = text(&FORWARDED_NETWORK).filter(|theirs| *theirs != network);
     Claims {

@@ -143,6 +143,44 @@ fn fields_may_come_in_any_order_and_unknown_ones_are_skipped() {
 }
 
 #[test]
+fn hellos_and_answers_may_hold_more_than_we_know() {
+    let read = |text| ZdsHello::decode(hex(text).as_slice()).unwrap();
+    // A text in field 5, eight bytes in field 9, the version in more bytes than it needs, four bytes in field 12.
+    let hello = read("2a 02 68 69 49 00 00 00 00 00 00 00 01 08 81 80 00 65 00 00 00 01");
+    assert_eq!((hello.version, hello.extension_version), (1, 0));
+    // A version that does not exist yet is kept as it is.
+    assert_eq!(read("08 07").version, 7);
+    let answer = |text| WorkloadResponse::decode(hex(text).as_slice()).unwrap();
+    assert_eq!(
+        answer("10 07 0a 09 12 01 78 0a 02 6e 6f 18 01"),
+        WorkloadResponse::ack("no")
+    );
+    assert_eq!(answer("12 00").payload, None);
+    let request = |text| {
+        WorkloadRequest::decode(hex(text).as_slice())
+            .unwrap()
+            .payload
+    };
+    let del = Request::Del(DelWorkload {
+        uid: "u1".to_owned(),
+        drain_millis: None,
+    });
+    // Number 1 means nothing in a deletion.
+    assert_eq!(request("12 08 0a 02 6e 6f 12 02 75 31"), Some(del));
+    let keep = Request::Keep(KeepWorkload {
+        uid: "u1".to_owned(),
+    });
+    assert_eq!(
+        request("82 7d 00 2a 06 10 03 0a 02 75 31 30 01"),
+        Some(keep)
+    );
+    assert_eq!(
+        request("1a 02 08 01"),
+        Some(Request::SnapshotSent(SnapshotSent {}))
+    );
+}
+
+#[test]
 fn an_unknown_request_is_seen_as_such() {
     let read = WorkloadRequest::decode(hex("22 02 0a 00").as_slice()).unwrap();
     assert_eq!(read.payload, None);
