@@ -5,6 +5,7 @@ mod writer;
 
 use std::io::{self, IsTerminal};
 
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
@@ -68,15 +69,67 @@ impl Log {
         move || lines.lost_in_all()
     }
 
-    /// Changes the filter; `reset` goes back to the one of the start. The error is a sentence for the operator.
-    pub fn set_level(&self, level: &str) -> Result<(), String> {
-        let text = if level == "reset" {
-            &self.initial
+    /// Adds levels to the filter, which take the place of those that it has for the same targets; `reset` goes back to the one
+    /// of the start. The error is a sentence for the operator.
+    pub fn set_level(&self, levels: &str) -> Result<(), String> {
+        let filter = if levels == "reset" {
+            EnvFilter::try_new(&self.initial)
         } else {
-            level
+            let directives = directives(levels)?;
+            EnvFilter::try_new(format!("{},{directives}", self.level()))
         };
-        let filter =
-            EnvFilter::try_new(text).map_err(|e| format!("{text:?} is not a log filter: {e}"))?;
+        let filter = filter.map_err(|e| format!("{levels:?} is not a log filter: {e}"))?;
         self.filter.reload(filter).map_err(|e| e.to_string())
+    }
+}
+
+/// Levels as the field writes them, `LEVEL`, `TARGET=LEVEL` or `TARGET:LEVEL` with commas, as a filter is written.
+fn directives(levels: &str) -> Result<String, String> {
+    let is_level = |text: &str| !text.is_empty() && text.parse::<LevelFilter>().is_ok();
+    let directive = |clause: &str| {
+        let clause = clause.trim();
+        let parts = clause.rsplit_once(['=', ':']);
+        match parts {
+            None if is_level(clause) => Ok(clause.to_owned()),
+            Some((target, level)) if !target.is_empty() && is_level(level) => {
+                Ok(format!("{target}={level}"))
+            }
+            _ => Err(format!(
+                "{clause:?} is neither LEVEL nor TARGET=LEVEL (off, error, warn, info, debug, trace)"
+            )),
+        }
+    };
+    let all: Result<Vec<_>, _> = levels.split(',').map(directive).collect();
+    Ok(all?.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn levels_are_read_as_the_field_writes_them() {
+        for (levels, expected) in [
+            ("debug", "debug"),
+            ("access:off", "access=off"),
+            (
+                "info, shared_proxy::core=trace",
+                "info,shared_proxy::core=trace",
+            ),
+            ("shared_proxy::core:warn", "shared_proxy::core=warn"),
+        ] {
+            assert_eq!(directives(levels).unwrap(), expected);
+        }
+        for wrong in [
+            "",
+            "loud",
+            "access=loud",
+            "=info",
+            "info,,",
+            "shared_proxy::core",
+        ] {
+            assert!(directives(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

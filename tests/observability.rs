@@ -129,6 +129,13 @@ fn the_log_filter_is_changed_and_reset() {
     assert_eq!(access_lines(), 1);
     assert!(post("info,access=off").contains("access=off"));
     assert_eq!(access_lines(), 0);
+    // As the field's command line goes back, and as it writes a target's level.
+    let url = "http://127.0.0.1:15000/logging?reset";
+    let curl = ["curl", "-s", "-X", "POST", url];
+    let done = scene.lab.run("proxy1", &curl, Duration::from_secs(15));
+    assert!(done.unwrap().stdout.contains("access=info"));
+    assert!(post("access:off").contains("access=off"));
+    assert_eq!(access_lines(), 0);
     assert!(post("reset").contains("access=info"));
     assert!(scene.page(1, 15000, "/logging").contains("warn"));
     assert_eq!(access_lines(), 1);

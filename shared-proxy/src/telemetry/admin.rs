@@ -47,7 +47,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 pub trait LogControl: Send + Sync + 'static {
     /// The filter in force, as text.
     fn current(&self) -> String;
-    /// Replaces the filter; `reset` means the one of the start. The error is shown to the caller.
+    /// Adds directives to the filter; `reset` goes back to the one of the start. The error is shown to the caller.
     fn set(&self, filter: &str) -> Result<(), String>;
 }
 

@@ -86,6 +86,26 @@ impl Agent {
         proxy
     }
 
+    /// A proxy with the extension, past a snapshot of so many pods.
+    async fn served_proxy(&mut self, pods: usize) -> Raw {
+        let own = Netns::create_unnamed().unwrap();
+        let mut proxy = Raw::connect(&self.place.socket).await;
+        let hello = ZdsHello {
+            version: Version::V1.into(),
+            extension_version: 1,
+        };
+        proxy.send(&hello).await;
+        proxy.packet().await.unwrap();
+        let reply = WorkloadResponse::from(Response::Netns(NetnsReply {}));
+        let fd = Some(own.as_fd());
+        proxy.transport.send(&reply, fd).await.unwrap();
+        for _ in 0..=pods {
+            proxy.request("").await;
+        }
+        while !matches!(self.event().await, ProxyEvent::SnapshotSent { .. }) {}
+        proxy
+    }
+
     /// The same, past an empty snapshot.
     async fn served_plain_proxy(&mut self) -> Raw {
         let mut proxy = self.plain_proxy().await;
@@ -191,9 +211,56 @@ async fn the_extension_is_prepared_before_any_pod_is_announced() {
     assert_eq!(add.capture_mode, i32::from(CaptureMode::Node));
     assert_eq!(add.addresses, vec![vec![10, 0, 0, 9]]);
     assert!(fds.is_empty(), "a node-captured pod has no descriptor");
+    assert!(agent.hook.led_to.lock().unwrap().is_empty());
     let (request, _) = proxy.request("").await;
     assert_eq!(request, Request::SnapshotSent(SnapshotSent {}));
     while !matches!(agent.event().await, ProxyEvent::SnapshotSent { .. }) {}
+    assert_eq!(*agent.hook.led_to.lock().unwrap(), [1]);
+}
+
+#[tokio::test]
+async fn node_pods_are_taken_from_all_proxies_but_one_and_given_back() {
+    let mut agent = agent();
+    let netns = Netns::create_unnamed().unwrap();
+    agent.handle.register(inpod("pod-i", &netns)).unwrap();
+    agent.handle.register(node("pod-n", "10.0.0.9")).unwrap();
+    let mut first = agent.served_proxy(2).await;
+    let mut second = agent.served_proxy(2).await;
+
+    let (_, (request, _)) = tokio::join!(
+        agent.handle.take_node_pods_from_others(2),
+        first.request("")
+    );
+    let Request::Del(del) = request else {
+        panic!("{request:?}")
+    };
+    assert_eq!((del.uid.as_str(), del.drain_millis), ("pod-n", Some(0)));
+    let (_, (request, _)) = tokio::join!(agent.handle.announce_node_pods(1), first.request(""));
+    let Request::Add(add) = request else {
+        panic!("{request:?}")
+    };
+    assert_eq!(add.uid, "pod-n");
+    // Nothing was said to the other one before this.
+    let add = agent.handle.add(node("pod-m", "10.0.0.8"));
+    let (added, (request, _)) = tokio::join!(add, second.request(""));
+    added.unwrap();
+    assert!(matches!(request, Request::Add(add) if add.uid == "pod-m"));
+}
+
+#[tokio::test]
+async fn a_proxy_that_nothing_can_be_led_to_is_hung_up_on() {
+    let mut agent = agent_with(Hook {
+        refusal: Some("no tunnel device".to_owned()),
+        ..Hook::default()
+    });
+    let mut proxy = agent.plain_proxy().await;
+    let (request, _) = proxy.request("").await;
+    assert_eq!(request, Request::SnapshotSent(SnapshotSent {}));
+    assert!(matches!(agent.event().await, ProxyEvent::Connected(_)));
+    assert!(matches!(
+        agent.event().await,
+        ProxyEvent::Disconnected { id: 1 }
+    ));
 }
 
 #[tokio::test]

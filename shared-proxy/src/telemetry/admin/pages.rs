@@ -70,7 +70,7 @@ const ADMIN: &[Page] = &[
     Page {
         path: "/logging",
         methods: READ_AND_POST,
-        about: "GET shows the log filter; POST ?level=FILTER sets it, ?level=reset goes back",
+        about: "shows the log filter; POST ?level=LEVEL or ?level=TARGET=LEVEL,.. adds to it, ?reset goes back",
         show: Show::Now(logging),
     },
     Page {
@@ -255,14 +255,16 @@ fn logging(admin: &Admin, query: &Query) -> Answer {
         );
     };
     if query.method == Method::POST {
-        let Some(filter) = parameter(&query.text, "level") else {
-            return text(StatusCode::BAD_REQUEST, "POST /logging?level=FILTER\n");
-        };
-        if let Err(error) = control.set(&filter) {
-            return text(
-                StatusCode::BAD_REQUEST,
-                format!("log filter {filter:?}: {error}\n"),
-            );
+        // `reset` needs no value; what is set with it comes on top.
+        let flagged = query.text.split('&').any(|part| part == "reset");
+        let reset = flagged.then(|| "reset".to_owned());
+        for filter in reset.into_iter().chain(parameter(&query.text, "level")) {
+            if let Err(error) = control.set(&filter) {
+                return text(
+                    StatusCode::BAD_REQUEST,
+                    format!("log filter {filter:?}: {error}\n"),
+                );
+            }
         }
     }
     text(

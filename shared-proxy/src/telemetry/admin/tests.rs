@@ -174,9 +174,13 @@ fn the_log_filter_is_shown_and_set() {
     let (status, _, body) = ask(running.admin, "POST", "/logging?level=bad");
     assert_eq!(status, "400 Bad Request");
     assert_eq!(body, "log filter \"bad\": invalid filter directive\n");
-    let (status, ..) = ask(running.admin, "POST", "/logging");
-    assert_eq!(status, "400 Bad Request");
-    assert_eq!(running.filter.current(), "debug,access=off");
+    let (status, _, body) = ask(running.admin, "POST", "/logging");
+    assert_eq!(status, "200 OK");
+    assert_eq!(body, "current log level is debug,access=off\n");
+    let (_, _, body) = ask(running.admin, "POST", "/logging?reset");
+    assert_eq!(body, "current log level is reset\n");
+    let (_, _, body) = ask(running.admin, "POST", "/logging?reset&level=warn");
+    assert_eq!(body, "current log level is warn\n", "the level comes last");
 }
 
 #[test]
