@@ -151,7 +151,7 @@ fn the_limit_of_descriptors_is_raised(#[case] hard: u32, #[case] too_few: bool) 
     let directory = tempfile::tempdir().unwrap();
     let place = |name: &str| directory.path().join(name).display().to_string();
     let proxy = format!(
-        "ulimit -Hn {hard}; ulimit -Sn 600; exec {} proxy",
+        "ulimit -Sn 600; ulimit -Hn {hard}; exec {} proxy",
         harness::ambidex()
     );
     let netns = host_net::netns::Netns::create_unnamed().unwrap();

@@ -181,6 +181,7 @@ fn the_log_filter_is_shown_and_set() {
     assert_eq!(body, "current log level is reset\n");
     let (_, _, body) = ask(running.admin, "POST", "/logging?reset&level=warn");
     assert_eq!(body, "current log level is warn\n", "the level comes last");
+    assert_eq!(running.filter.current(), "warn");
 }
 
 #[test]
