@@ -15,6 +15,7 @@ mod enrol;
 mod events;
 mod lock;
 mod node;
+mod pages;
 mod plans;
 mod pods;
 pub mod removal;
@@ -22,6 +23,7 @@ mod restore;
 mod subject;
 pub mod timings;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -59,6 +61,10 @@ pub struct AgentConfig {
     pub run_dir: RunDir,
     /// Journal and pods.
     pub state_dir: PathBuf,
+    /// Address of the health pages.
+    pub health: SocketAddr,
+    /// Address of the metrics page.
+    pub metrics: SocketAddr,
 }
 
 /// A running agent.
@@ -73,6 +79,7 @@ pub struct Agent {
     setting_up: tokio::sync::Mutex<()>,
     busy: enrol::Busy,
     timings: timings::Timings,
+    counters: pages::Counters,
 }
 
 /// What stands between a pod and its enrolment.
@@ -105,6 +112,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             return Err(error).context(other);
         }
     };
+    let pages = pages::Listeners::bind(config.health, config.metrics).await?;
     let journal = Journal::open(config.state_dir.join("journal"))?;
     let pods = Pods::open(&config.state_dir)?;
     let server = ZdsServer::bind(&config.zds_socket)?;
@@ -119,7 +127,10 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         setting_up: tokio::sync::Mutex::default(),
         busy: enrol::Busy::default(),
         timings: timings::Timings::default(),
+        counters: pages::Counters::default(),
     });
+    let page_tasks = pages.serve(&agent);
+    let log_task = pages::take_logs(&agent)?;
     agent.make_inpod_host_objects().await?;
     agent.restore_pods().await?;
     agent.converge_pods(Capture::Inpod).await;
@@ -129,6 +140,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let follower = Arc::clone(&agent);
     let follow_task = tokio::spawn(async move { follower.follow_proxies(proxies).await });
     let events_task = events::serve(Arc::clone(&agent))?;
+    agent.counters.serves();
     let api_listener = crate::unix_http::listen(&agent.config.run_dir.agent())?;
     let for_api = Arc::clone(&agent);
     let api_task = tokio::spawn(crate::unix_http::serve(
@@ -147,6 +159,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     events_task.abort();
     api_task.abort();
     sweep_task.abort();
+    log_task.abort();
+    page_tasks.iter().for_each(|task| task.abort());
     tracing::info!("agent stopped; redirects stay in place");
     Ok(())
 }

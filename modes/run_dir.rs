@@ -46,6 +46,11 @@ impl RunDir {
         self.0.join("pluginevent.sock")
     }
 
+    /// Log lines of the CNI plugin.
+    pub fn plugin_log(&self) -> PathBuf {
+        self.0.join("log.sock")
+    }
+
     /// The agent's API for the command line.
     pub fn agent(&self) -> PathBuf {
         self.0.join("agent.sock")

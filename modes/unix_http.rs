@@ -119,6 +119,11 @@ impl Answer {
         }
     }
 
+    /// Its status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// A JSON answer.
     pub fn json<T: serde::Serialize>(value: &T) -> Self {
         match serde_json::to_vec_pretty(value) {

@@ -7,7 +7,7 @@ mod runtime;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use harness::own;
+use harness::{eventually, own};
 use host_net::netns::Netns;
 use lab::standing::{self, Daemon};
 use lab::topology::{LabSpec, Mode};
@@ -17,7 +17,7 @@ use runtime::{
     Sandbox, ambidex, assert_same, diff_is_empty, dumps, ip_batch, pods, replace_agent, request,
     start_agent, state_of,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const PLACES: [&str; 3] = ["node1", "proxy1", "pod1-2"];
 
@@ -363,4 +363,57 @@ fn replacing_an_idle_agent_changes_nothing() {
     assert_same("an idle agent", &before, &dumps(lab, &targets));
     lab.restart(1, Daemon::Agent).unwrap();
     assert_same("an agent that was asked", &before, &dumps(lab, &targets));
+}
+
+/// Health, metrics, and the plugin's failures in the agent's log.
+#[test]
+fn the_agent_says_how_it_is() {
+    let scene = own(&harness::spec(Mode::Inpod));
+    let lab = &scene.lab;
+    let page = |port: u16, path: &str| {
+        let url = format!("http://127.0.0.1:{port}{path}");
+        let curl = [
+            "curl",
+            "--silent",
+            "--max-time",
+            "10",
+            "-w",
+            "%{http_code}",
+            &url,
+        ];
+        lab.run("node1", &curl, Duration::from_secs(15))
+            .unwrap()
+            .stdout
+    };
+    assert_eq!(page(8000, "/healthz"), "ok\n200");
+    assert_eq!(page(8000, "/readyz"), "ready\n200");
+    let metrics = page(15014, "/metrics");
+    for line in [
+        "istio_cni_plugin_requests_total{response_code=\"200\"} 2",
+        "ztunnel_connected 1",
+        "ambidex_agent_pods{capture_mode=\"inpod\",state=\"captured\"} 2",
+    ] {
+        assert!(metrics.lines().any(|l| l == line), "{line}: {metrics}");
+    }
+    let sandbox = Sandbox::of(lab, "pod1-2");
+    let mut config = sandbox.config(lab);
+    config["prevResult"]["ips"][0]["address"] = json!("10.244.1.99/32");
+    sandbox.del(lab);
+    sandbox
+        .call_with("ADD", config.to_string().as_bytes())
+        .cni_error();
+    eventually("it is in the log", Duration::from_secs(10), || {
+        let log = std::fs::read_to_string(lab.log_path(1, Daemon::Agent)).unwrap();
+        let mut lines = log
+            .lines()
+            .filter(|line| line.contains(r#""target":"cni""#));
+        lines.any(|line| line.contains(&format!("ADD of {}", sandbox.container_id)))
+    });
+    lab.kill(1, Daemon::Proxy).unwrap();
+    eventually("the metrics say so", Duration::from_secs(10), || {
+        let metrics = page(15014, "/metrics");
+        metrics.contains("ztunnel_connected 0") && metrics.contains("response_code=\"400\"} 1")
+    });
+    ambidex(lab, "undo --node").with_code(0);
+    assert!(page(8000, "/readyz").ends_with("503"));
 }

@@ -161,6 +161,13 @@ pub fn serve(agent: Arc<Agent>) -> io::Result<tokio::task::JoinHandle<()>> {
     let listener = crate::unix_http::listen(&agent.config.run_dir.plugin_events())?;
     Ok(tokio::spawn(crate::unix_http::serve(
         listener,
-        move |method, path, body, caller| answer(Arc::clone(&agent), method, path, body, caller),
+        move |method, path, body, caller| {
+            let agent = Arc::clone(&agent);
+            async move {
+                let answered = answer(Arc::clone(&agent), method, path, body, caller).await;
+                agent.counters.answered(answered.status());
+                answered
+            }
+        },
     )))
 }

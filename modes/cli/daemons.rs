@@ -40,6 +40,20 @@ pub(crate) struct AgentArgs {
         action = clap::ArgAction::Set
     )]
     dns_capture: bool,
+    /// Address of the health pages
+    #[arg(
+        long,
+        env = "AMBIDEX_AGENT_HEALTH_ADDR",
+        default_value = "0.0.0.0:8000"
+    )]
+    health: SocketAddr,
+    /// Address of the metrics page
+    #[arg(
+        long,
+        env = "AMBIDEX_AGENT_METRICS_ADDR",
+        default_value = "0.0.0.0:15014"
+    )]
+    metrics: SocketAddr,
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
@@ -54,6 +68,8 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
             .unwrap_or_else(|| run_dir.zds("ZTUNNEL_UDS_ADDRESS")),
         run_dir,
         state_dir: state_dir(),
+        health: args.health,
+        metrics: args.metrics,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -19,6 +19,8 @@ use crate::unix_http;
 
 /// How long the agent may take for one pod. The field's plugin waits as long; the agent knows and gives up before.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the agent may take for a log line.
+const LOG_TIMEOUT: Duration = Duration::from_millis(200);
 /// Far more than any network configuration, in bytes.
 const INPUT_LIMIT: u64 = 4 << 20;
 
@@ -87,16 +89,17 @@ impl Invocation {
 /// Entry point of the binary `ambidex-cni`.
 pub fn main() -> ExitCode {
     let mut input = Vec::new();
+    let invocation = Invocation::from_env();
     let outcome = std::io::stdin()
         .take(INPUT_LIMIT)
         .read_to_end(&mut input)
         .map_err(|e| CniError::io(format!("standard input: {e}")))
-        .and_then(|_| run(&Invocation::from_env(), &input));
+        .and_then(|_| run(&invocation, &input));
     let (output, code) = match outcome {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(result)) => (result, ExitCode::SUCCESS),
         Err(error) => {
-            eprintln!("ambidex-cni: {error}");
+            log(&invocation, &error, &input);
             let version = version_for_errors(&input);
             let output = ErrorOutput {
                 cni_version: &version,
@@ -114,6 +117,31 @@ pub fn main() -> ExitCode {
         Ok(()) => code,
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// A failure as a line of JSON: on standard error, and to the agent, which has a log that is kept. If that does not take it
+/// soon, nothing is lost that the runtime does not have.
+fn log(invocation: &Invocation, error: &CniError, input: &[u8]) {
+    let line = json!({
+        "level": "error",
+        "msg": format!("{} of {}: {error}", invocation.command, invocation.container_id),
+    });
+    eprintln!("{line}");
+    let Ok(conf) = NetConf::parse(input) else {
+        return;
+    };
+    let socket = RunDir::new(&conf.cni_agent_run_dir).plugin_log();
+    let body = json!([line.to_string()]).to_string().into_bytes();
+    let delivery = unix_http::request(&socket, Method::POST, "/log", body, LOG_TIMEOUT);
+    if let Ok(runtime) = runtime() {
+        let _ = runtime.block_on(delivery);
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
 }
 
 /// The version that an error object carries: the request's, if it can be read at all.
@@ -175,7 +203,8 @@ fn delete(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
     };
     match post(conf, "/cmddel", &event) {
         Err(Unanswered::Nobody(why)) => {
-            eprintln!("ambidex-cni: {why}; it will find the pod gone");
+            let msg = format!("{why}; it will find the pod gone");
+            eprintln!("{}", json!({ "level": "warn", "msg": msg }));
             Ok(())
         }
         done => Ok(done?),
@@ -310,9 +339,7 @@ fn exchange(
     body: Vec<u8>,
 ) -> Result<(StatusCode, String), Unanswered> {
     let socket = RunDir::new(&conf.cni_agent_run_dir).plugin_events();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+    let runtime = runtime()
         .map_err(|e| Unanswered::Error(CniError::internal(format!("cannot start: {e}"))))?;
     let asked = unix_http::request(&socket, method, path, body, AGENT_TIMEOUT);
     match runtime.block_on(asked) {
