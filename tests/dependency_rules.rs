@@ -246,3 +246,44 @@ fn starts_a_path(line: &str, place: &str) -> bool {
         !line[..at].ends_with(|before: char| before.is_alphanumeric() || "._-}".contains(before))
     })
 }
+
+/// The tables of docs/compatibility.md name the tests that hold each row: `module::function` or `module::function::case`.
+#[test]
+fn tests_that_the_documents_name_exist() {
+    let path = root().join("docs/compatibility.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (_, rows) = text.split_once("## Decisions, row by row").unwrap();
+    let sources = tree();
+    let mut named = 0;
+    let mut missing = Vec::new();
+    for name in rows.split('`').filter(|name| name.contains("::")) {
+        named += 1;
+        if !sources.iter().any(|source| holds_test(source, name)) {
+            missing.push(name);
+        }
+    }
+    assert!(named > 100, "{named} names are read");
+    assert!(missing.is_empty(), "no such tests: {missing:#?}");
+    // A row without a test would be a promise.
+    let rows = rows.lines().filter(|line| line.starts_with("| "));
+    let without: Vec<&str> = rows
+        .filter(|line| !line.contains("Tests |") && !line.contains("::"))
+        .collect();
+    assert!(without.is_empty(), "{without:#?}");
+}
+
+/// Whether a source is the module of this test, `module.rs` or `module/tests.rs`, and has it.
+fn holds_test(source: &Path, name: &str) -> bool {
+    let mut parts = name.split("::");
+    let module = parts.next().unwrap_or_default();
+    let stem = |path: &Path| path.file_stem().is_some_and(|stem| stem == module);
+    let of_module =
+        stem(source) || (source.ends_with("tests.rs") && source.parent().is_some_and(stem));
+    if !of_module || source.extension().is_none_or(|kind| kind != "rs") {
+        return false;
+    }
+    let text = std::fs::read_to_string(source).unwrap();
+    let has = |part: String| text.contains(&part);
+    let function = parts.next().unwrap_or_default();
+    has(format!("fn {function}(")) && parts.all(|case| has(format!("#[case::{case}(")))
+}

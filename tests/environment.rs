@@ -253,6 +253,14 @@ fn rows() -> Vec<Row> {
             None,
         ),
         (
+            "LOCALHOST_APP_TUNNEL",
+            "--localhost-app-tunnel",
+            "false",
+            "/localhostAppTunnel",
+            json!(false),
+            Some("maybe"),
+        ),
+        (
             "COMPLIANCE_POLICY",
             "--compliance-policy",
             "pqc",

@@ -9,8 +9,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
+use harness::state::apply_to;
 use harness::{Stage, shared};
-use lab::topology::workloads::LocalXds;
+use lab::topology::workloads::{LocalXds, Service};
 use lab::topology::{APPLICATION_PORT, SERVICE_PORT, SERVICE_VIP};
 use lab::traffic::Check;
 use rstest::rstest;
@@ -113,7 +114,13 @@ fn an_application_tunnel_begins_with_a_proxy_header(
 ) {
     let scene = shared(variant);
     let own = (Ipv4Addr::LOCALHOST, APPLICATION_PORT).into();
-    let headers = relay(&scene, WAYPOINT_PORT, BETWEEN, own);
+    // In the pod's namespace the tunnel ends where nobody else can reach it; from the node's it cannot.
+    let at = if variant.is_node() {
+        Ipv4Addr::UNSPECIFIED
+    } else {
+        Ipv4Addr::LOCALHOST
+    };
+    let headers = relay(&scene, (at, WAYPOINT_PORT), BETWEEN, own);
     let waypoint = waypoint(&scene);
     let _changed = scene.with_state(|state| {
         set_service(state, "waypoint", waypoint);
@@ -150,7 +157,8 @@ fn another_network_is_reached_by_a_tunnel_in_a_tunnel(
     // The gateway's own software: it takes the outer tunnel's bytes to the endpoint of its choice. What it sends is not
     // captured, as if it had a network of its own.
     let endpoint = (scene.ip(BEHIND), HBONE_PORT).into();
-    let headers = relay(&scene, GATEWAY_PORT, "plain2", endpoint);
+    let at = (Ipv4Addr::UNSPECIFIED, GATEWAY_PORT);
+    let headers = relay(&scene, at, "plain2", endpoint);
     let _changed = scene.with_state(|state| {
         let tunnel = json!({"protocol": "PROXY", "port": GATEWAY_PORT});
         set(state, BETWEEN, "applicationTunnel", tunnel);
@@ -242,15 +250,172 @@ fn health_and_preference_choose_the_endpoint(
     assert_eq!(chosen(&["pod1-2", "pod2-1"], "AllowAll"), ["pod1-2"]);
 }
 
+/// A waypoint that refuses, or cannot serve, is not gone around: the client's connection is reset, and the account says
+/// what the waypoint answered.
+#[rstest]
+fn a_waypoint_that_refuses_is_not_gone_around(
+    #[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant,
+) {
+    let scene = shared(variant);
+    let refused = |change: &dyn Fn(&mut LocalXds), status: &str| {
+        let waypoint = waypoint(&scene);
+        let _changed = scene.with_state(|state| {
+            set_service(state, "waypoint", waypoint);
+            change(state);
+        });
+        let (near, far) = (scene.mark(1), scene.mark(2));
+        scene.refused(CLIENT, vip());
+        let outbound = ("direction", "outbound");
+        scene.access_line(
+            near,
+            &[outbound, ("dst.workload", BETWEEN), ("error", status)],
+        );
+        let reached =
+            |line: &Value| line["direction"] == "inbound" && line["dst.workload"] != BETWEEN;
+        let lines = [scene.access_lines(near), scene.access_lines(far)].concat();
+        let around: Vec<_> = lines.into_iter().filter(|line| reached(line)).collect();
+        assert!(around.is_empty(), "{around:#?}");
+    };
+    refused(
+        &|state| apply_to(state, BETWEEN, "Deny", json!([[]])),
+        "~401",
+    );
+    // Nobody listens there.
+    let tunnel = json!({"protocol": "PROXY", "port": 9});
+    refused(
+        &|state| set(state, BETWEEN, "applicationTunnel", tunnel.clone()),
+        "~503",
+    );
+}
+
+/// Services with a range of addresses, of a workload that is known by its name, and of one outside the mesh.
+#[rstest]
+fn ranges_names_and_endpoints_without_a_tunnel(
+    #[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant,
+) {
+    let scene = shared(variant);
+    let (behind, plain) = (scene.at(BEHIND), scene.at("plain2"));
+    let _changed = scene.with_state(|state| {
+        let echo = state.services[0].clone();
+        let mut service = |name: &str, vips: &[&str], ranges: &[&str]| {
+            let hostname = format!("{name}.beta.svc.cluster.local");
+            let key = format!("beta/{hostname}");
+            state.services.push(Service {
+                name: name.to_owned(),
+                hostname,
+                vips: vips.iter().map(ToString::to_string).collect(),
+                more: [("cidrVips".to_owned(), json!(ranges))].into(),
+                ..echo.clone()
+            });
+            let ports = [(SERVICE_PORT, APPLICATION_PORT)].into();
+            std::collections::BTreeMap::from([(key, ports)])
+        };
+        let wide = service("wide", &[], &["/10.98.0.0/15"]);
+        let narrow = service("narrow", &[], &["/10.98.7.0/24"]);
+        let named = service("named", &["/10.97.0.1"], &[]);
+        let outside = service("outside", &["/10.97.0.2"], &[]);
+        state.workload_mut("pod2-1").unwrap().services.extend(wide);
+        state.workload_mut(BEHIND).unwrap().services.extend(narrow);
+        state
+            .workload_mut("plain2")
+            .unwrap()
+            .services
+            .extend(outside);
+        let mut by_name = state.workload_mut(BEHIND).unwrap().clone();
+        by_name.uid = "by-name".to_owned();
+        by_name.name = "by-name".to_owned();
+        by_name.workload_ips.clear();
+        by_name.services = named;
+        // A name that the system's resolver knows without a server.
+        by_name
+            .more
+            .insert("hostname".to_owned(), json!(behind.ip().to_string()));
+        state.workloads.push(by_name);
+    });
+    let client = scene.ip(CLIENT);
+    for (to, workload, service, asked) in [
+        ("10.98.1.1", "pod2-1", "wide", Some(scene.at("pod2-1"))),
+        ("10.99.255.255", "pod2-1", "wide", Some(scene.at("pod2-1"))),
+        ("10.98.7.200", BEHIND, "narrow", Some(behind)),
+        ("10.97.0.1", "by-name", "named", Some(behind)),
+        ("10.97.0.2", "plain2", "outside", None),
+    ] {
+        let mark = scene.mark(1);
+        let to = SocketAddr::new(to.parse().unwrap(), SERVICE_PORT);
+        assert_eq!(scene.seen(CLIENT, to), client, "{to}");
+        let asked = asked.map(|asked| asked.to_string());
+        let service = format!("{service}.beta.svc.cluster.local");
+        let line = [
+            ("direction", "outbound"),
+            ("src.workload", CLIENT),
+            ("dst.workload", workload),
+            ("dst.service", &*service),
+        ];
+        let line = scene.access_line(mark, &line);
+        assert_eq!(
+            line["dst.hbone_addr"].as_str(),
+            asked.as_deref(),
+            "{line:#}"
+        );
+    }
+    // Beside the ranges nobody answers for the address, and no service has the connection.
+    let mark = scene.mark(1);
+    assert_eq!(scene.seen(CLIENT, plain), client);
+    let line = [
+        ("direction", "outbound"),
+        ("src.workload", CLIENT),
+        ("dst.workload", "plain2"),
+    ];
+    let line = scene.access_line(mark, &line);
+    assert_eq!(
+        line["dst.service"].as_str().unwrap_or_default(),
+        "",
+        "{line:#}"
+    );
+}
+
+/// The proxy's own ports are nobody's to reach: not by a tunnel, not in the clear, not by the pod itself, not as the
+/// target port of a service. The proxy goes on.
+#[rstest]
+fn ports_of_the_proxy_are_refused(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = shared(variant);
+    for port in [15_001, 15_006, HBONE_PORT] {
+        let _changed = scene.with_state(|state| {
+            let mut ports = state.workload_mut("pod2-1").unwrap().services.clone();
+            for ports in ports.values_mut() {
+                ports.insert(SERVICE_PORT, port);
+            }
+            for workload in &mut state.workloads {
+                workload.services.clear();
+            }
+            state.workload_mut("pod2-1").unwrap().services = ports;
+        });
+        let mark = scene.mark(2);
+        scene.refused(CLIENT, vip());
+        let said = [
+            ("direction", "inbound"),
+            ("error", "~is a port of the proxy itself"),
+        ];
+        scene.access_line(mark, &said);
+        let to = (scene.ip(BEHIND), port).into();
+        scene.refused(CLIENT, to);
+        // In the clear, nobody but a client of TLS gets an answer from the port of the tunnels.
+        if port != HBONE_PORT {
+            scene.refused("plain1", to);
+            scene.refused(BEHIND, to);
+        }
+        assert_eq!(scene.seen(CLIENT, scene.at(BEHIND)), scene.ip(CLIENT));
+    }
+}
+
 /// Takes a connection at a port of [`BETWEEN`], takes the PROXY header off and moves the rest to and
 /// from `to`, dialled in another target. Returns the headers.
-fn relay(stage: &Stage, port: u16, from: &str, to: SocketAddr) -> Receiver<Vec<u8>> {
+fn relay(stage: &Stage, at: (Ipv4Addr, u16), from: &str, to: SocketAddr) -> Receiver<Vec<u8>> {
     #![allow(clippy::disallowed_methods)]
     let (here, there) = (
         stage.lab.netns(BETWEEN).unwrap(),
         stage.lab.netns(from).unwrap(),
     );
-    let at = (Ipv4Addr::UNSPECIFIED, port);
     let listener = here.run(|| TcpListener::bind(at)).unwrap().unwrap();
     let (send, headers) = channel();
     std::thread::spawn(move || {

@@ -12,10 +12,13 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use prost::Message;
 use shared_proxy::identity::InvalidIdentity;
 use shared_proxy::state::workload::{GatewayAddress, GatewayDestination, PortMap};
-use shared_proxy::state::{NamespacedHostname, NetworkAddress, Policy, Service, Workload};
+use shared_proxy::state::{
+    NamespacedHostname, NetworkAddress, NetworkRange, Policy, Service, Workload,
+};
 
 use crate::messages::workload as wire;
 
@@ -194,6 +197,36 @@ fn network_address(
         texts.get(&address.network),
         ip(field, &address.address)?,
     ))
+}
+
+/// The range that an address stands for, if it is not for itself alone.
+fn network_range(
+    field: &'static str,
+    address: &wire::NetworkAddress,
+    texts: &mut Texts,
+) -> Result<Option<NetworkRange>, Unusable> {
+    let all_bits = address.address.len() * 8;
+    let Some(length) = address.length.filter(|length| *length as usize != all_bits) else {
+        return Ok(None);
+    };
+    // Not canonical: the length belongs to the bytes as they came.
+    let ip = match <[u8; 16]>::try_from(&*address.address) {
+        Ok(sixteen) => IpAddr::from(sixteen),
+        Err(_) => ip(field, &address.address)?,
+    };
+    let range = u8::try_from(length)
+        .ok()
+        .and_then(|length| IpNet::new(ip, length).ok())
+        .ok_or_else(|| value(field, format_args!("{ip}/{length}, too long")))?;
+    Ok(Some(NetworkRange::new(texts.get(&address.network), range)))
+}
+
+fn wire_network_range(range: &NetworkRange) -> wire::NetworkAddress {
+    wire::NetworkAddress {
+        network: range.network.to_string(),
+        address: ip_bytes(range.range.addr()),
+        length: Some(u32::from(range.range.prefix_len())),
+    }
 }
 
 fn wire_network_address(address: &NetworkAddress) -> wire::NetworkAddress {

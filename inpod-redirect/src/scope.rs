@@ -169,6 +169,10 @@ impl Scope for InpodScope {
         UdpSocket::from_std(socket.into())
     }
 
+    fn reaches_loopback(&self) -> bool {
+        true
+    }
+
     fn socket(&self, to: SocketAddr, who: OnBehalfOf) -> io::Result<TcpSocket> {
         let socket = self.socket_in_pod(Domain::for_address(to), Protocol::TCP)?;
         // The pod's own address is what the namespace gives anyway; only a client's has to be put on.

@@ -106,6 +106,9 @@ pub struct FieldArgs {
     /// Whether answers to tunnels' peers say who the destination is
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", value_name = "BOOL", default_value_t = false, action = ArgAction::Set)]
     pub response_baggage: bool,
+    /// Whether application tunnels end at the pod's loopback address, where the capture reaches it
+    #[arg(long, env = "LOCALHOST_APP_TUNNEL", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub localhost_app_tunnel: bool,
     /// What TLS is restricted to; peers that cannot do it are refused
     #[arg(long, env = "COMPLIANCE_POLICY", value_enum)]
     pub compliance_policy: Option<CompliancePolicy>,
@@ -213,6 +216,7 @@ impl FieldArgs {
                 idle_release: self.pool_unused_release,
             },
             response_baggage: self.response_baggage,
+            localhost_app_tunnel: self.localhost_app_tunnel,
             dns: self.dns_proxy.then(|| Arc::new(self.dns())),
             ..core
         }
@@ -253,6 +257,7 @@ impl FieldArgs {
                 "retries": keepalive.retries,
             })),
             "responseBaggage": core.response_baggage,
+            "localhostAppTunnel": core.localhost_app_tunnel,
             "userTimeout": core.user_timeout.map(text),
             "halfOpenTimeout": core.half_open_timeout.map(text),
             "dns": core.dns.as_ref().map(|dns| json!({

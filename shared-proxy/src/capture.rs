@@ -173,6 +173,12 @@ pub trait Scope: fmt::Debug + Send + Sync + 'static {
         ))
     }
 
+    /// Whether the sockets of this capture are in the pod's own namespace, so that its loopback address is the pod's. The
+    /// default is no: a connection to a loopback address would reach the proxy itself.
+    fn reaches_loopback(&self) -> bool {
+        false
+    }
+
     /// The pod at `dst` if connections to it are handed over inside this process instead of through a tunnel
     /// (upstream's same-node short cut). The default is never.
     fn hand_over(&self, dst: IpAddr) -> Option<LocalWorkload> {

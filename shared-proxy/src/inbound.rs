@@ -6,7 +6,7 @@ pub mod plaintext;
 mod proxy_protocol;
 mod target;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,8 +14,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::capture::{
-    ClientAddr, HBONE_PORT, INBOUND_PLAINTEXT_PORT, LocalWorkload, OUTBOUND_PORT, OWN_PORTS,
-    OnBehalfOf,
+    ClientAddr, DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, LocalWorkload, OUTBOUND_PORT,
+    OWN_PORTS, OnBehalfOf,
 };
 use crate::core::{Admitted, Attachment, DialError, Failure};
 use crate::drain::Signal;
@@ -120,8 +120,9 @@ pub(crate) async fn arrive(
         Err(failure) => return Err(failed(record, failure)),
     };
     attachment.took(Step::Decide, Direction::Inbound, began);
-    let who = OnBehalfOf::RemoteClient(client.ip());
-    let dialled = match attachment.dial(target.application, who).await {
+    let (application, from) = last_hop(attachment, &target, client.ip());
+    let who = OnBehalfOf::RemoteClient(from);
+    let dialled = match attachment.dial(application, who).await {
         Ok(stream) if target.announced => announce(stream, arrival, &target).await,
         dialled => dialled,
     };
@@ -141,7 +142,24 @@ pub(crate) async fn arrive(
 }
 
 /// Ports that we listen on in a pod. One of the others may be the port of an application tunnel.
-const LISTENED: [u16; 3] = [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT];
+const LISTENED: [u16; 4] = [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT, DNS_PORT];
+
+/// What is dialled, and with whose address. A tunnel on the pod's loopback address is dialled from there: its header says
+/// who the client is, and a foreign address on a loopback connection would be dropped.
+fn last_hop(attachment: &Attachment, target: &Target, client: IpAddr) -> (SocketAddr, IpAddr) {
+    let to = target.application;
+    let localhost = target.announced
+        && attachment.core.config.localhost_app_tunnel
+        && attachment.scope.reaches_loopback();
+    if !localhost {
+        return (to, client);
+    }
+    let loopback = match to {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+    };
+    (SocketAddr::new(loopback, to.port()), loopback)
+}
 
 /// Tells the application of its connection, ahead of the connection's bytes.
 async fn announce(

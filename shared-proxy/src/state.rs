@@ -13,13 +13,14 @@ pub mod local_xds;
 mod on_demand;
 pub mod persistent_map;
 pub mod policy;
+mod ranges;
 pub mod service;
 pub mod snapshot;
 pub mod store;
 mod update;
 pub mod workload;
 
-pub use address::{InvalidAddress, NamespacedHostname, NetworkAddress};
+pub use address::{InvalidAddress, NamespacedHostname, NetworkAddress, NetworkRange};
 pub use on_demand::OnDemand;
 pub use policy::{Policy, authorize};
 pub use service::Service;

@@ -1,6 +1,6 @@
 //! Policies. Nothing in them is guessed: a policy that is not wholly understood is not used.
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use shared_proxy::state::Policy;
 use shared_proxy::state::policy::{Action, Match, PolicyScope, ServiceAccountMatch, StringMatch};
 
@@ -30,7 +30,8 @@ pub(super) fn from_wire(
         let mut clauses = Vec::with_capacity(rule.clauses.len());
         for clause in rule.clauses {
             let matches = clause.matches.into_iter();
-            clauses.push(matches.map(match_from_wire).collect::<Result<_, _>>()?);
+            let matches = matches.map(|item| match_from_wire(item, action));
+            clauses.push(matches.collect::<Result<_, _>>()?);
         }
         rules.push(clauses);
     }
@@ -44,7 +45,34 @@ pub(super) fn from_wire(
     })
 }
 
-fn match_from_wire(message: wire::Match) -> Result<Match, Unusable> {
+/// A condition of a kind that is not known here may hold or not: it lets nobody pass, and it keeps nobody from being
+/// denied by what else the match says.
+fn match_from_wire(message: wire::Match, action: Action) -> Result<Match, Unusable> {
+    let unknown = message.extensions.first().map(|known| known.name.clone());
+    let known = known_conditions(message)?;
+    let Some(unknown) = unknown else {
+        return Ok(known);
+    };
+    tracing::warn!(
+        extension = unknown,
+        ?action,
+        "a policy has a condition that is not known here"
+    );
+    Ok(match action {
+        // Without conditions a match is false.
+        Action::Allow => Match::default(),
+        Action::Deny if known == Match::default() => Match {
+            source_ips: vec![
+                IpNet::from(Ipv4Net::default()),
+                IpNet::from(Ipv6Net::default()),
+            ],
+            ..known
+        },
+        Action::Deny => known,
+    })
+}
+
+fn known_conditions(message: wire::Match) -> Result<Match, Unusable> {
     Ok(Match {
         namespaces: strings(message.namespaces)?,
         not_namespaces: strings(message.not_namespaces)?,
@@ -147,6 +175,7 @@ fn match_to_wire(item: &Match) -> wire::Match {
         not_destination_ports: wire_ports(&item.not_destination_ports),
         service_accounts: wire_accounts(&item.service_accounts),
         not_service_accounts: wire_accounts(&item.not_service_accounts),
+        extensions: Vec::new(),
     }
 }
 

@@ -6,8 +6,8 @@ use shared_proxy::state::service::{
 };
 
 use super::{
-    Texts, Unusable, gateway, network_address, ports, value, wire_gateway, wire_network_address,
-    wire_ports,
+    Texts, Unusable, gateway, network_address, network_range, ports, value, wire_gateway,
+    wire_network_address, wire_network_range, wire_ports,
 };
 use crate::messages::workload as wire;
 
@@ -32,14 +32,19 @@ pub(super) fn from_wire(message: wire::Service, texts: &mut Texts) -> Result<Ser
             return Err(value(field, format_args!("{text:?}, which has a slash")));
         }
     }
-    let vips = message.addresses.iter();
+    let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
+    for address in &message.addresses {
+        match network_range("addresses", address, texts)? {
+            Some(range) => cidr_vips.push(range),
+            None => vips.push(network_address("addresses", address, texts)?),
+        }
+    }
     Ok(Service {
         name: message.name.as_str().into(),
         namespace: texts.get(&message.namespace),
         hostname: texts.get(&message.hostname),
-        vips: vips
-            .map(|address| network_address("addresses", address, texts))
-            .collect::<Result<_, _>>()?,
+        vips,
+        cidr_vips,
         ports: ports(&message.ports)?,
         subject_alt_names: message
             .subject_alt_names
@@ -104,7 +109,12 @@ pub(super) fn to_wire(service: &Service) -> wire::Service {
         name: service.name.to_string(),
         namespace: service.namespace.to_string(),
         hostname: service.hostname.to_string(),
-        addresses: service.vips.iter().map(wire_network_address).collect(),
+        addresses: service
+            .vips
+            .iter()
+            .map(wire_network_address)
+            .chain(service.cidr_vips.iter().map(wire_network_range))
+            .collect(),
         ports: wire_ports(&service.ports),
         subject_alt_names: service
             .subject_alt_names

@@ -82,7 +82,7 @@ workloads:
 - {uid: one, name: one, workloadType: deployment, namespace: a, workloadIps: [10.0.0.1, 'fd00::1'], services: {a/web: {80: 8080, 81: 0}}, protocol: HBONE}
 - {uid: two, workloadType: job, namespace: b, workloadIps: [], services: {}, hostname: example.org, capacity: 0}
 services:
-- {name: web, namespace: a, hostname: web, vips: [/10.1.0.1, 'east/fd00::2'], ports: {80: 8080, 81: 0}, subjectAltNames: ['spiffe://td/ns/a/sa/b'], waypoint: {destination: a/w}, loadBalancer: {routingPreferences: [Network, Region, Zone, Subzone, Node, Cluster], mode: Failover, healthPolicy: AllowAll}, ipFamilies: Dual, canonical: true}
+- {name: web, namespace: a, hostname: web, vips: [/10.1.0.1, 'east/fd00::2'], cidrVips: [/10.2.0.0/16, 'east/fd00::/8', /0.0.0.0/0], ports: {80: 8080, 81: 0}, subjectAltNames: ['spiffe://td/ns/a/sa/b'], waypoint: {destination: a/w}, loadBalancer: {routingPreferences: [Network, Region, Zone, Subzone, Node, Cluster], mode: Failover, healthPolicy: AllowAll}, ipFamilies: Dual, canonical: true}
 - {name: db, namespace: a, hostname: db, vips: [], ports: {}, loadBalancer: {routingPreferences: [], mode: Passthrough, healthPolicy: OnlyHealthy}}
 policies:
 - name: p
@@ -133,6 +133,73 @@ fn a_policy_that_is_not_wholly_understood_is_refused(#[case] bytes: &str, #[case
     let bytes = crate::messages::tests::hex(bytes);
     let error = policy(bytes.into(), &mut Texts::default()).unwrap_err();
     assert_eq!(error.to_string(), why);
+}
+
+/// Rules of one match with an extension, alone and beside a port.
+#[rstest::rstest]
+#[case::allow_alone("0a 01 70 2a 09 0a 07 12 05 6a 03 0a 01 78", "[[[{}]]]")]
+#[case::allow_beside_a_port("0a 01 70 2a 0c 0a 0a 12 08 4a 01 50 6a 03 0a 01 78", "[[[{}]]]")]
+#[case::deny_alone(
+    "0a 01 70 20 01 2a 09 0a 07 12 05 6a 03 0a 01 78",
+    "[[[{sourceIps: [0.0.0.0/0, '::/0']}]]]"
+)]
+#[case::deny_beside_a_port(
+    "0a 01 70 20 01 2a 0c 0a 0a 12 08 4a 01 50 6a 03 0a 01 78",
+    "[[[{destinationPorts: [80]}]]]"
+)]
+fn a_condition_that_is_not_known_lets_nobody_pass(#[case] bytes: &str, #[case] rules: &str) {
+    let bytes = crate::messages::tests::hex(bytes);
+    let Object::Policy(read) = policy(bytes.into(), &mut Texts::default()).unwrap() else {
+        panic!("not a policy");
+    };
+    let yaml = format!(
+        "policies: [{{name: p, namespace: '', scope: Global, action: Deny, dryRun: false, rules: {rules}}}]"
+    );
+    let wanted = local_xds::parse(&yaml).unwrap();
+    assert_eq!(read.rules, wanted.policies().next().unwrap().rules);
+}
+
+/// Number 26 of a workload, 10 of a service, 7 of a policy: what somebody added to the whole object is not read.
+#[test]
+fn extensions_of_objects_are_accepted() {
+    let mut fields = WORKLOAD.to_vec();
+    fields.push("d2 01 05 0a 01 78 12 00");
+    assert_eq!(read(&fields).unwrap(), read(&WORKLOAD).unwrap());
+    let service = "12 0f 12 01 61 1a 03 776562 52 05 0a 01 78 12 00";
+    let service = crate::messages::tests::hex(service);
+    let Object::Service(service) = address(service.into(), &mut Texts::default()).unwrap() else {
+        panic!("not a service");
+    };
+    assert_eq!(service.key().to_string(), "a/web");
+    let bytes = crate::messages::tests::hex("0a 01 70 3a 05 0a 01 78 12 00");
+    assert!(policy(bytes.into(), &mut Texts::default()).is_ok());
+}
+
+/// Addresses of a service: 10.0.0.1, 10.0.0.1/32, 10.0.0.0/8, the same as an IPv4-mapped one, fd00::/8 in network `e`.
+#[test]
+fn an_address_of_a_service_may_be_a_range() {
+    let addresses = [
+        "22 06 12 04 0a000001",
+        "22 08 12 04 0a000002 18 20",
+        "22 08 12 04 0a010203 18 08",
+        "22 14 12 10 00000000000000000000ffff0b000000 18 68",
+        "22 17 0a 01 65 12 10 fd000000000000000000000000000000 18 08",
+    ];
+    let mut inner =
+        crate::messages::tests::hex(&("12 01 61 1a 03 776562".to_owned() + &addresses.concat()));
+    let mut bytes = vec![0x12, u8::try_from(inner.len()).unwrap()];
+    bytes.append(&mut inner);
+    let Object::Service(service) = address(bytes.into(), &mut Texts::default()).unwrap() else {
+        panic!("not a service");
+    };
+    let texts = |list: Vec<String>| list.join(" ");
+    let vips = texts(service.vips.iter().map(ToString::to_string).collect());
+    assert_eq!(vips, "/10.0.0.1 /10.0.0.2");
+    let ranges = texts(service.cidr_vips.iter().map(ToString::to_string).collect());
+    assert_eq!(ranges, "/10.0.0.0/8 /11.0.0.0/8 e/fd00::/8");
+    let long = crate::messages::tests::hex("12 10 12 01 61 1a 01 62 22 08 12 04 0a000000 18 21");
+    let error = address(long.into(), &mut Texts::default()).unwrap_err();
+    assert_eq!(error.to_string(), "addresses is 10.0.0.0/33, too long");
 }
 
 #[test]

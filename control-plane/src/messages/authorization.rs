@@ -102,6 +102,17 @@ pub struct Match {
     /// None of these.
     #[prost(message, repeated, tag = "12")]
     pub not_service_accounts: Vec<ServiceAccountMatch>,
+    /// Conditions that somebody added. None is known here.
+    #[prost(message, repeated, tag = "13")]
+    pub extensions: Vec<Extension>,
+}
+
+/// Something that somebody added to a message.
+#[derive(Clone, PartialEq, Eq, Hash, Message)]
+pub struct Extension {
+    /// What it is.
+    #[prost(string, tag = "1")]
+    pub name: String,
 }
 
 /// A network (the message's name is `Address`).

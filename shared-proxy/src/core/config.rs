@@ -63,6 +63,9 @@ pub struct CoreConfig {
     pub resolver: Arc<dyn Resolve>,
     /// Answers to tunnels' peers carry the `baggage` of the destination. The field's `ENABLE_RESPONSE_BAGGAGE`.
     pub response_baggage: bool,
+    /// Application tunnels end at the pod's loopback address, where nobody but the pod and its proxy can reach them; in a
+    /// capture that does not reach it, at the pod's own. The field's `LOCALHOST_APP_TUNNEL`.
+    pub localhost_app_tunnel: bool,
     /// TCP keepalive, on accepted and on dialled connections; `None` turns it off.
     pub keepalive: Option<Keepalive>,
     /// How long data may stay unacknowledged before the connection counts as dead (`TCP_USER_TIMEOUT`); `None` leaves it to
@@ -110,6 +113,7 @@ impl Default for CoreConfig {
             workload_wait: Duration::from_secs(5),
             resolver: Arc::new(SystemResolver),
             response_baggage: false,
+            localhost_app_tunnel: true,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
             half_open_timeout: Some(HALF_OPEN),

@@ -1,7 +1,11 @@
 //! Policies on connections that stand: a change of the mesh's state ends those that it denies.
+//!
+//! A verdict depends on what a connection is - which never changes - and on the policies that apply to its destination.
+//! Those are remembered for each destination, so a change that leaves them as they are asks about no connection, however
+//! many stand. The peer's own workload does not matter: policies see the identity that it proved, not its record.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::{Failure, Shared};
@@ -9,7 +13,7 @@ use crate::capture::ClientAddr;
 use crate::drain::Cutter;
 use crate::identity::Identity;
 use crate::state::policy::{Peer, Verdict};
-use crate::state::{Snapshot, Workload, authorize};
+use crate::state::{Policy, Snapshot, Store, Workload, authorize};
 
 /// The inbound connections that were admitted and stand.
 #[derive(Debug, Default)]
@@ -20,6 +24,15 @@ pub(super) struct Admissions {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
+    /// By the address of the workload that they go to.
+    destinations: HashMap<IpAddr, Destination>,
+}
+
+/// A workload with connections.
+#[derive(Debug)]
+struct Destination {
+    /// The policies that its connections were last held against.
+    policies: Vec<Arc<Policy>>,
     standing: HashMap<u64, Arc<Admission>>,
 }
 
@@ -43,13 +56,88 @@ impl Admissions {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Enters a connection and returns its number, with the state to hold it against. A state that comes later finds the
+    /// connection entered.
+    fn enter(
+        &self,
+        store: &Store,
+        workload: &Arc<Workload>,
+        admission: &Arc<Admission>,
+    ) -> (u64, Arc<Snapshot>, Arc<Workload>) {
+        let address = admission.target.ip();
+        let mut state = self.state();
+        state.next += 1;
+        let number = state.next;
+        // Loaded under the lock: what a destination was last held against is never later than what is loaded next.
+        let snapshot = store.load();
+        let workload = snapshot
+            .workload_by_ip(address)
+            .filter(|current| current.uid == workload.uid)
+            .unwrap_or_else(|| Arc::clone(workload));
+        state
+            .destinations
+            .entry(address)
+            .or_insert_with(|| Destination {
+                policies: snapshot.policies_for(&workload).cloned().collect(),
+                standing: HashMap::new(),
+            })
+            .standing
+            .insert(number, Arc::clone(admission));
+        drop(state);
+        (number, snapshot, workload)
+    }
+
+    fn leave(&self, number: u64, address: IpAddr) {
+        let mut state = self.state();
+        if let Some(destination) = state.destinations.get_mut(&address) {
+            destination.standing.remove(&number);
+            if destination.standing.is_empty() {
+                state.destinations.remove(&address);
+            }
+        }
+    }
+
+    /// Holds the connections to those destinations whose policies have changed against the state in force, and ends those
+    /// that it denies. Returns how many it asked about. A workload that has gone denies nothing: its capture ends by
+    /// itself.
+    fn ask_again(&self, store: &Store) -> usize {
+        let mut affected = Vec::new();
+        let snapshot = {
+            let mut state = self.state();
+            let snapshot = store.load();
+            for (address, destination) in &mut state.destinations {
+                let Some(workload) = snapshot.workload_by_ip(*address) else {
+                    continue;
+                };
+                if snapshot
+                    .policies_for(&workload)
+                    .eq(destination.policies.iter())
+                {
+                    continue;
+                }
+                destination.policies = snapshot.policies_for(&workload).cloned().collect();
+                let standing = destination.standing.values().cloned().collect::<Vec<_>>();
+                affected.push((workload, standing));
+            }
+            snapshot
+        };
+        let mut asked = 0;
+        for (workload, standing) in affected {
+            for admission in &standing {
+                admission.ask_again(&snapshot, &workload);
+            }
+            asked += standing.len();
+        }
+        asked
+    }
 }
 
 impl Shared {
     /// Asks the policies about a connection, and keeps asking whenever they change. `cutter` ends it.
     pub(crate) fn admit(
         self: &Arc<Self>,
-        workload: &Workload,
+        workload: &Arc<Workload>,
         client: ClientAddr,
         peer: Option<&Identity>,
         target: SocketAddr,
@@ -62,21 +150,13 @@ impl Shared {
             cutter,
             denied: OnceLock::new(),
         });
-        let number = {
-            let mut state = self.admissions.state();
-            state.next += 1;
-            let number = state.next;
-            state.standing.insert(number, admission.clone());
-            number
-        };
+        let (number, snapshot, workload) = self.admissions.enter(&self.store, workload, &admission);
         let admitted = Admitted {
             core: self.clone(),
             number,
             admission,
         };
-        // Loaded after the connection was entered: a state that comes later finds it there.
-        let snapshot = self.store.load();
-        match admitted.admission.ask(&snapshot, workload) {
+        match admitted.admission.ask(&snapshot, &workload) {
             Verdict::Allow => Ok(admitted),
             denied => Err(Failure::Denied(denied)),
         }
@@ -93,12 +173,8 @@ impl Admission {
         authorize(snapshot, workload, &peer)
     }
 
-    /// Ends the connection if it is denied. A workload that has gone denies nothing: its capture ends by itself.
-    fn ask_again(&self, snapshot: &Snapshot) {
-        let Some(workload) = snapshot.workload_by_ip(self.target.ip()) else {
-            return;
-        };
-        let verdict = self.ask(snapshot, &workload);
+    fn ask_again(&self, snapshot: &Snapshot, workload: &Workload) {
+        let verdict = self.ask(snapshot, workload);
         if !verdict.is_allowed() && self.denied.set(verdict).is_ok() {
             self.cutter.cut();
         }
@@ -117,21 +193,22 @@ impl Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.core.admissions.state().standing.remove(&self.number);
+        self.core
+            .admissions
+            .leave(self.number, self.admission.target.ip());
     }
 }
 
-/// Asks about every standing connection after each change, as long as the core lives.
+/// Asks about standing connections after each change of what applies to them, as long as the core lives.
 pub(super) async fn enforce(core: Weak<Shared>) {
     let Some(mut changes) = core.upgrade().map(|core| core.store.subscribe()) else {
         return;
     };
     while changes.changed().await.is_ok() {
         let Some(core) = core.upgrade() else { return };
-        let snapshot = core.store.load();
-        let standing: Vec<_> = core.admissions.state().standing.values().cloned().collect();
-        for admission in standing {
-            admission.ask_again(&snapshot);
-        }
+        core.admissions.ask_again(&core.store);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,12 +48,7 @@ pub(crate) fn parse(header: &str, network: &str) -> Option<Workload> {
     if header.is_empty() || header.len() > LONGEST {
         return None;
     }
-    let mut workload = Workload {
-        namespace: "".into(),
-        cluster_id: "".into(),
-        network: network.into(),
-        ..Workload::default()
-    };
+    let mut workload = nobody(network);
     let mut locality = Locality::default();
     let mut known = false;
     for member in header.split(',') {
@@ -90,6 +85,16 @@ pub(crate) fn parse(header: &str, network: &str) -> Option<Workload> {
     }
     workload.locality = locality;
     known.then_some(workload)
+}
+
+/// A workload of `network` of which nothing else is known.
+pub(crate) fn nobody(network: &str) -> Workload {
+    Workload {
+        namespace: "".into(),
+        cluster_id: "".into(),
+        network: network.into(),
+        ..Workload::default()
+    }
 }
 
 /// Characters of a value (W3C Baggage, 3.3.1.3): printable ASCII without white space, quotes, comma, semicolon, backslash.

@@ -307,9 +307,11 @@ pub(super) fn claims(network: &str, headers: &HeaderMap) -> Claims {
     let foreign = text(&FORWARDED_NETWORK).filter(|theirs| *theirs != network);
     Claims {
         service: text(&FORWARDED).and_then(forwarded_host).map(str::to_owned),
-        foreign_source: foreign.and_then(|theirs| {
-            let baggage = text(&BAGGAGE).unwrap_or_default();
-            Some(Arc::new(baggage::parse(baggage, theirs)?))
+        foreign_source: foreign.map(|theirs| {
+            let fields = headers.get_all(BAGGAGE).iter();
+            let baggage: Vec<_> = fields.filter_map(|value| value.to_str().ok()).collect();
+            let source = baggage::parse(&baggage.join(","), theirs);
+            Arc::new(source.unwrap_or_else(|| baggage::nobody(theirs)))
         }),
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::workload::{GatewayAddress, PortMap};
-use super::{NamespacedHostname, NetworkAddress};
+use super::{NamespacedHostname, NetworkAddress, NetworkRange};
 
 /// A service. Serialized in the field's LOCAL_XDS form.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -20,6 +20,10 @@ pub struct Service {
     pub hostname: Arc<str>,
     /// Virtual addresses.
     pub vips: Vec<NetworkAddress>,
+    /// Ranges of virtual addresses. An address in several of them is that of the longest; one that is a virtual address
+    /// or a workload's own is that one's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cidr_vips: Vec<NetworkRange>,
     /// Its ports.
     pub ports: PortMap,
     /// Identities that may answer for it besides those of its endpoints: SPIFFE IDs.

@@ -9,6 +9,7 @@ use rand::Rng;
 use super::balancing::Wanted;
 use super::persistent_map::PersistentMap;
 use super::policy::{Policy, PolicyScope};
+use super::ranges::Ranges;
 use super::update::EndpointChanges;
 use super::workload::NetworkMode;
 use super::{NamespacedHostname, NetworkAddress, Service, Workload, balancing};
@@ -24,6 +25,7 @@ pub struct Snapshot {
     pub(super) policies: PersistentMap<Arc<str>, Arc<Policy>>,
     pub(super) by_address: PersistentMap<NetworkAddress, Holders<Workload>>,
     pub(super) by_vip: PersistentMap<NetworkAddress, Holders<Service>>,
+    pub(super) by_range: Ranges,
     pub(super) endpoints: PersistentMap<NamespacedHostname, Arc<Vec<Arc<Workload>>>>,
     /// By hostname in lower case.
     pub(super) services_by_name: PersistentMap<Arc<str>, Holders<Service>>,
@@ -57,6 +59,11 @@ impl<T> Holders<T> {
             Self::One(one) => std::slice::from_ref(one),
             Self::Several(several) => several,
         }
+    }
+
+    /// The one that came last.
+    pub(super) fn latest(&self) -> Option<&Arc<T>> {
+        self.as_slice().last()
     }
 
     pub(super) fn add<K: Hash + Eq + Clone>(
@@ -190,7 +197,7 @@ impl Snapshot {
     pub(super) fn check_service(&self, service: &Service) -> Result<(), SnapshotError> {
         let key = service.key();
         for vip in &service.vips {
-            if let Some(other) = self.service_by_address(vip)
+            if let Some(other) = self.by_vip.get(vip).and_then(Holders::latest)
                 && other.key() != key
             {
                 return Err(SnapshotError::SharedVip {
@@ -299,9 +306,16 @@ impl Snapshot {
         self.service_by_address(&self.local(ip))
     }
 
-    /// The service that has a virtual address.
+    /// The service that has a virtual address; or else, if no workload has the address, the service with the longest range
+    /// of virtual addresses that it is in.
     pub fn service_by_address(&self, address: &NetworkAddress) -> Option<Arc<Service>> {
-        self.by_vip.get(address)?.as_slice().last().cloned()
+        if let Some(holders) = self.by_vip.get(address) {
+            return holders.latest().cloned();
+        }
+        if self.by_range.is_empty() || self.by_address.get(address).is_some() {
+            return None;
+        }
+        self.by_range.longest(address)?.latest().cloned()
     }
 
     /// The service with a key.
@@ -318,8 +332,7 @@ impl Snapshot {
 
     /// The workload that has a hostname. The name is in lower case.
     pub fn workload_named(&self, hostname: &str) -> Option<Arc<Workload>> {
-        let named = self.workloads_by_name.get(hostname)?;
-        named.as_slice().last().cloned()
+        self.workloads_by_name.get(hostname)?.latest().cloned()
     }
 
     /// The workloads that say they are endpoints of a service, healthy or not.

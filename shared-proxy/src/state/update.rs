@@ -154,6 +154,9 @@ impl Snapshot {
         for vip in &service.vips {
             Holders::add(&mut self.by_vip, vip.clone(), &service);
         }
+        for range in &service.cidr_vips {
+            self.by_range.add(range, &service);
+        }
         if let Some(name) = index_of(&service.hostname) {
             Holders::add(&mut self.services_by_name, name, &service);
         }
@@ -163,6 +166,9 @@ impl Snapshot {
     fn withdraw_service(&mut self, service: &Arc<Service>) {
         for vip in &service.vips {
             Holders::remove(&mut self.by_vip, vip, service);
+        }
+        for range in &service.cidr_vips {
+            self.by_range.remove(range, service);
         }
         if let Some(name) = index_of(&service.hostname) {
             Holders::remove(&mut self.services_by_name, &name, service);

@@ -4,6 +4,7 @@
 
 mod bytes;
 mod ending;
+mod hostile;
 mod loops;
 mod mesh;
 mod outbound_rows;

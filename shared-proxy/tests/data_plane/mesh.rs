@@ -287,6 +287,7 @@ pub struct LoopbackScope {
     listeners: Mutex<Vec<(Role, StdListener, Option<SocketAddr>)>>,
     hands_over: Vec<LocalWorkload>,
     ports: Option<SourcePorts>,
+    reaches_loopback: bool,
 }
 
 impl LoopbackScope {
@@ -300,6 +301,7 @@ impl LoopbackScope {
             listeners: Mutex::default(),
             hands_over: Vec::new(),
             ports: None,
+            reaches_loopback: false,
         }
     }
 
@@ -324,6 +326,12 @@ impl LoopbackScope {
 }
 
 impl LoopbackScope {
+    /// Its sockets are where the pods' loopback address is.
+    pub fn reaching_loopback(mut self) -> Self {
+        self.reaches_loopback = true;
+        self
+    }
+
     /// Upstream sockets take their source ports from `range`.
     pub fn with_ports(mut self, range: RangeInclusive<u16>) -> Self {
         self.ports = Some(SourcePorts::new(range));
@@ -375,6 +383,10 @@ impl Scope for LoopbackScope {
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::new(address, 0))?;
         Ok(socket)
+    }
+
+    fn reaches_loopback(&self) -> bool {
+        self.reaches_loopback
     }
 
     fn hand_over(&self, dst: IpAddr) -> Option<LocalWorkload> {

@@ -329,6 +329,43 @@ services:";
     assert_failed(&one, flag).await;
 }
 
+/// Row 1, refusals: whatever a waypoint answers but 200, the client's connection is reset, and nobody goes around the
+/// waypoint.
+#[rstest::rstest]
+#[case::bad_request(400)]
+#[case::unauthorized(401)]
+#[case::forbidden(403)]
+#[case::not_found(404)]
+#[case::headers_too_large(431)]
+#[case::internal_error(500)]
+#[case::unavailable(503)]
+#[case::created(201)]
+#[case::no_content(204)]
+#[case::moved(301)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn row_1_a_waypoint_that_answers(#[case] status: u16) {
+    let mesh = Mesh::empty();
+    mesh.publish_text(&state(HBONE, "waypoint: {destination: /NET.31}"));
+    let server = TcpListener::bind((mesh.ip(SERVER), HBONE_PORT))
+        .await
+        .unwrap();
+    let app = TcpListener::bind((mesh.ip(SERVER), 8080)).await.unwrap();
+    let at = SocketAddr::new(mesh.ip(BETWEEN), HBONE_PORT);
+    let mut waypoint = Peer::new(&mesh, at, "between").await;
+    let dst = "10.96.0.1:80".parse().unwrap();
+    let (one, _attached, client) = captured(&mesh, dst, quick()).await;
+    let asked = waypoint.asked().await;
+    assert_eq!(asked.authority(), "10.96.0.1:80");
+    asked.refuse(StatusCode::from_u16(status).unwrap());
+    assert_refused(client).await;
+    assert_failed(&one, "CONNECT").await;
+    assert!(waypoint.is_idle());
+    for listener in [server, app] {
+        let reached = timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(reached.is_err());
+    }
+}
+
 /// Row 8 without a tunnel between: a pod of the same process is told of its connection as well.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn row_8_application_tunnel_of_a_pod_that_is_handed_over() {

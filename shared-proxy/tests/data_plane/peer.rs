@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::server::SendResponse;
-use h2::{RecvStream, SendStream};
+use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response, StatusCode};
 use shared_proxy::identity::{Certificates, Identity, RefreshPolicy, WorkloadCertificate};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -112,6 +112,11 @@ impl Asked {
         let mut response = Response::new(());
         *response.status_mut() = status;
         self.respond.send_response(response, true).unwrap();
+    }
+
+    /// Resets the stream without an answer.
+    pub fn reset(mut self, reason: Reason) {
+        self.respond.send_reset(reason);
     }
 
     /// Says 200 and sends all bytes back, until they end.

@@ -53,10 +53,7 @@ async fn a_refused_stream_is_asked_for_once_more() {
     let mesh = Mesh::new();
     let mut peer = Peer::new(&mesh, end(&mesh), "server").await;
     let (_node, _attached, mut client) = client(&mesh, quick()).await;
-    peer.asked()
-        .await
-        .respond
-        .send_reset(Reason::REFUSED_STREAM);
+    peer.asked().await.reset(Reason::REFUSED_STREAM);
     peer.asked().await.echo();
     speaks(&mut client).await;
     assert_eq!(peer.connections(), 2);
@@ -68,10 +65,7 @@ async fn a_stream_that_is_refused_twice_is_not_asked_for_again() {
     let mut peer = Peer::new(&mesh, end(&mesh), "server").await;
     let (node, _attached, mut client) = client(&mesh, quick()).await;
     for _ in 0..2 {
-        peer.asked()
-            .await
-            .respond
-            .send_reset(Reason::REFUSED_STREAM);
+        peer.asked().await.reset(Reason::REFUSED_STREAM);
     }
     is_reset(&mut client).await;
     assert_failed(&node, "CONNECT").await;

@@ -1,24 +1,21 @@
 //! What the HBONE server answers, row by row, and what the application sees.
 #![allow(clippy::disallowed_methods)]
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Method, Request, StatusCode};
-use rustls_pki_types::ServerName;
-use shared_proxy::capture::{HBONE_PORT, Role};
+use shared_proxy::capture::Role;
 use shared_proxy::core::CoreConfig;
 use shared_proxy::identity::{Certificates, Identity, RefreshPolicy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
 use crate::mesh::{CLIENT, Mesh, PORT, SERVER, assert_failed, assert_refused, quick};
-use crate::peer::{HEADERS, certificate, identity};
 use crate::protocol::{server, status, tunnel, tunnel_with};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -32,7 +29,7 @@ workloads:
 - {uid: other, name: other, namespace: default, workloadIps: [10.0.0.6], services: {}}
 services:
 - {name: web, namespace: default, hostname: web.default.svc.cluster.local, vips: [/10.96.0.1], ports: {80: 8080, 81: 0}}
-- {name: behind, namespace: shop, hostname: behind.shop.svc.cluster.local, vips: [/10.96.0.2], ports: {80: 80}, waypoint: {destination: default/wp}}
+- {name: behind, namespace: shop, hostname: behind.shop.svc.cluster.local, vips: [/10.96.0.2], cidrVips: [/10.97.0.0/16], ports: {80: 80}, waypoint: {destination: default/wp}}
 - {name: other, namespace: default, hostname: other.default.svc.cluster.local, vips: [/10.96.0.3], ports: {80: 8080}}
 - {name: wp, namespace: default, hostname: wp, vips: [], ports: {}}
 "#;
@@ -121,6 +118,18 @@ fn state(keys: &str) -> String {
     "10.96.0.2:8080",
     200
 )]
+#[case::authority_in_a_range_of_a_service_with_another_waypoint(
+    PLAIN,
+    Method::CONNECT,
+    "10.97.1.2:8080",
+    400
+)]
+#[case::success_it_is_the_waypoint_of_the_authority_s_range(
+    WAYPOINT,
+    Method::CONNECT,
+    "10.97.1.2:8080",
+    200
+)]
 #[case::success_it_is_the_waypoint_of_the_authority_s_workload(
     WAYPOINT,
     Method::CONNECT,
@@ -169,44 +178,6 @@ async fn answers_about_the_workload(#[case] known: bool, #[case] expected: u16) 
     let uri = format!("{}:{PORT}", mesh.ip(SERVER));
     let answer = status(&requests, Method::CONNECT, &uri).await.unwrap();
     assert_eq!(answer.as_u16(), expected);
-}
-
-/// An authority that is not there cannot be sent by a client library; here it is sent by hand.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn authority_missing_is_400() {
-    let mesh = Mesh::empty();
-    mesh.publish_text(&state(PLAIN));
-    let (_node, _server) = server(&mesh).await;
-    let to = SocketAddr::new(mesh.ip(SERVER), HBONE_PORT);
-    let tcp = mesh.connect(CLIENT, to).await.unwrap();
-    let config = certificate(&mesh, "client").await;
-    let mut tls = TlsConnector::from(config.client_config(&[identity("server")]))
-        .connect(ServerName::IpAddress(to.ip().into()), tcp)
-        .await
-        .unwrap();
-    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        .await
-        .unwrap();
-    tls.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
-    // HEADERS with END_STREAM and END_HEADERS on stream 1: `:method: CONNECT` and nothing else.
-    let fields = b"\x02\x07CONNECT";
-    let mut frame = vec![0, 0, fields.len() as u8, HEADERS, 5, 0, 0, 0, 1];
-    frame.extend(fields);
-    tls.write_all(&frame).await.unwrap();
-    tls.flush().await.unwrap();
-    let answer = timeout(LIMIT, async {
-        loop {
-            let mut head = [0; 9];
-            tls.read_exact(&mut head).await.unwrap();
-            let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
-            tls.read_exact(&mut payload).await.unwrap();
-            if head[3] == HEADERS {
-                return payload;
-            }
-        }
-    });
-    // `:status: 400` of the static table.
-    assert_eq!(answer.await.unwrap()[0], 0x8c);
 }
 
 /// TLS is refused: no certificate, or one of another trust domain. The connection is closed without an answer.
@@ -296,6 +267,54 @@ async fn an_application_tunnel_begins_with_a_proxy_header(
     );
     assert_eq!(body, expected + &hex(b"hello"));
     assert_eq!(from.ip(), mesh.ip(CLIENT));
+}
+
+/// The tunnel ends at the pod's loopback address, dialled from there, if the capture reaches it and it is wanted.
+#[rstest::rstest]
+#[case::reached(true, true)]
+#[case::not_reached(false, true)]
+#[case::not_wanted(true, false)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_tunnel_ends_on_loopback(#[case] reaches: bool, #[case] wanted: bool) {
+    let mesh = Mesh::empty();
+    let loopback = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = loopback.local_addr().unwrap().port();
+    let own = TcpListener::bind((mesh.ip(SERVER), port)).await.unwrap();
+    mesh.publish_text(&state(&format!(
+        "applicationTunnel: {{protocol: PROXY, port: {port}}}, services: {{}}"
+    )));
+    let node = mesh.node_with(CoreConfig {
+        localhost_app_tunnel: wanted,
+        ..quick()
+    });
+    let scope = mesh.server();
+    let scope = if reaches {
+        scope.reaching_loopback()
+    } else {
+        scope
+    };
+    let _server = node.core.attach(Arc::new(scope)).await.unwrap();
+    let requests = tunnel(&mesh, mesh.ca()).await.unwrap();
+    assert_eq!(connect(&requests, "10.96.0.2:80", &[]).await.0, 200);
+    let (expected, other, from) = if reaches && wanted {
+        (loopback, own, "127.0.0.1".parse().unwrap())
+    } else {
+        (own, loopback, mesh.ip(CLIENT))
+    };
+    let (mut application, seen) = timeout(LIMIT, expected.accept()).await.unwrap().unwrap();
+    assert_eq!(seen.ip(), from);
+    // Whose connection it is, the header says.
+    let mut header = [0; 20];
+    timeout(LIMIT, application.read_exact(&mut header))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        IpAddr::from(<[u8; 4]>::try_from(&header[16..]).unwrap()),
+        mesh.ip(CLIENT)
+    );
+    let reached = timeout(Duration::from_millis(100), other.accept()).await;
+    assert!(reached.is_err());
 }
 
 /// Policies are about the port that was asked for, not about the tunnel's own.

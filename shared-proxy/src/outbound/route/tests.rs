@@ -16,7 +16,7 @@ const MESH: &str = r#"
 workloads:
 - {uid: client, name: client, namespace: a, serviceAccount: client, workloadIps: [10.0.0.1], protocol: HBONE, network: here, node: n1,
    locality: {region: r1, zone: z1}, services: {a/web: {80: 8080}}}
-- {uid: web, name: web, namespace: a, serviceAccount: web, workloadIps: [10.0.0.2], protocol: HBONE, network: here, services: {a/web: {80: 8080}, a/behind: {80: 8080}}}
+- {uid: web, name: web, namespace: a, serviceAccount: web, workloadIps: [10.0.0.2], protocol: HBONE, network: here, services: {a/web: {80: 8080}, a/behind: {80: 8080}, a/range: {80: 8080}}}
 - {uid: old, name: old, namespace: a, serviceAccount: old, workloadIps: [10.0.0.3], network: here, services: {a/plain: {80: 8081}}}
 - {uid: wp, name: wp, namespace: a, serviceAccount: wp, workloadIps: [10.0.0.4], protocol: HBONE, nativeTunnel: true, network: here, services: {a/wp: {}}}
 - {uid: behind, name: behind, namespace: a, serviceAccount: behind, workloadIps: [10.0.0.5], protocol: HBONE, network: here,
@@ -48,6 +48,9 @@ services:
 - {name: six, namespace: a, hostname: six, vips: [here/10.1.0.10], ports: {80: 80}, ipFamilies: IPv6}
 - {name: either, namespace: a, hostname: either, vips: [here/10.1.0.11, 'here/fd01::11'], ports: {80: 80}}
 - {name: thru, namespace: a, hostname: thru, vips: [here/10.0.0.3], ports: {80: 80}, loadBalancer: {routingPreferences: [], mode: Passthrough, healthPolicy: OnlyHealthy}}
+- {name: range, namespace: a, hostname: range, vips: [], cidrVips: [here/10.0.0.0/8], ports: {80: 8080}}
+- {name: guarded, namespace: a, hostname: guarded, vips: [], cidrVips: [here/10.4.0.0/16], ports: {}, waypoint: {destination: a/wp}}
+- {name: outside, namespace: a, hostname: outside, vips: [], cidrVips: [here/203.0.113.0/24], ports: {443: 443}, loadBalancer: {routingPreferences: [], mode: Passthrough, healthPolicy: OnlyHealthy}}
 - {name: gone, namespace: a, hostname: gone, vips: [here/10.1.0.12], ports: {80: 80}, waypoint: {destination: a/nobody}}
 - {name: cross, namespace: a, hostname: cross, vips: [here/10.1.0.13], ports: {80: 80}, waypoint: {destination: a/far-wp}}
 - {name: far-wp, namespace: a, hostname: far-wp, vips: [], ports: {}}
@@ -171,6 +174,11 @@ fn decide(source: &str, dst: &str) -> String {
     "10.1.0.13:80",
     "double hbone 192.0.2.1:15008 asks cross:80 of gw, then far-wp"
 )]
+#[case::row_1_vip_in_a_range_of_a_service_that_has_a_waypoint(
+    "client",
+    "10.4.1.2:443",
+    "hbone 10.0.0.4:15008 asks 10.4.1.2:443 of wp+wp-alias"
+)]
 #[case::row_2_vip_of_a_service_chosen_endpoint_in_another_network(
     "client",
     "10.1.0.4:80",
@@ -180,6 +188,16 @@ fn decide(source: &str, dst: &str) -> String {
     "old",
     "10.1.0.1:80",
     "hbone 10.0.0.1:15008 asks 10.0.0.1:8080 of alias+client | hbone 10.0.0.2:15008 asks 10.0.0.2:8080 of alias+web"
+)]
+#[case::row_3_vip_in_a_range_endpoint_chosen_port_mapped(
+    "client",
+    "10.200.0.1:80",
+    "hbone 10.0.0.2:15008 asks 10.0.0.2:8080 of web"
+)]
+#[case::row_3_vip_in_a_range_that_is_passed_through(
+    "client",
+    "203.0.113.5:443",
+    "plain 203.0.113.5:443"
 )]
 #[case::row_3_the_source_may_be_chosen_itself(
     "client",
@@ -211,6 +229,11 @@ fn decide(source: &str, dst: &str) -> String {
     "10.1.0.7:80",
     "no healthy endpoint of sick for port 80"
 )]
+#[case::row_4_vip_in_a_range_whose_service_has_no_such_port(
+    "client",
+    "10.200.0.1:81",
+    "no healthy endpoint of range for port 81"
+)]
 #[case::row_4_health_policy_allow_all(
     "client",
     "10.1.0.8:80",
@@ -240,6 +263,11 @@ fn decide(source: &str, dst: &str) -> String {
     "client",
     "10.1.0.5:80",
     "looks up db.example, hbone 203.0.113.9:15008 asks db.example:5432 of named"
+)]
+#[case::row_6_workload_in_a_service_s_range(
+    "client",
+    "10.0.0.2:7",
+    "hbone 10.0.0.2:15008 asks 10.0.0.2:7 of web"
 )]
 #[case::row_7_workload_with_tunnel_protocol_none("client", "10.0.0.3:9000", "plain 10.0.0.3:9000")]
 #[case::row_7_by_its_service("client", "10.1.0.3:80", "plain 10.0.0.3:8081")]
