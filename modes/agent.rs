@@ -78,6 +78,7 @@ pub struct Agent {
     /// Held while the node's own objects change.
     setting_up: tokio::sync::Mutex<()>,
     busy: enrol::Busy,
+    turns: enrol::Turns,
     timings: timings::Timings,
     counters: pages::Counters,
 }
@@ -126,6 +127,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         status: Mutex::default(),
         setting_up: tokio::sync::Mutex::default(),
         busy: enrol::Busy::default(),
+        turns: enrol::Turns::default(),
         timings: timings::Timings::default(),
         counters: pages::Counters::default(),
     });

@@ -7,6 +7,7 @@ mod calendar;
 pub mod cli;
 pub mod cni;
 pub mod control;
+mod descriptors;
 pub mod logging;
 pub mod options;
 pub mod proxy;

@@ -51,6 +51,8 @@ fn a_small_order_gives_numbers_that_agree_with_each_other() {
     assert_eq!(serde_json::from_slice::<Value>(&stored).unwrap(), report);
     assert_eq!(report["format"], 1);
     assert_eq!(report["ended"], "finished");
+    assert_eq!(report["environment"]["mtu"], "1500");
+    assert!(report["environment"]["busy_before"].as_f64().is_some());
     let cost = &report["variants"][0];
     assert_eq!(cost["variant"], "inpod");
 
@@ -118,6 +120,8 @@ fn a_small_order_gives_numbers_that_agree_with_each_other() {
     assert_eq!(number(tunnels, "/unused_sockets/client"), 1.0);
     assert!(number(tunnels, "/open_kib/client") > 0.0);
 
+    the_schema_is_kept(&report);
+
     // Nothing of this is about 200 pods or 2,000 tunnels, and it says so.
     let gates = report["gates"].as_array().unwrap();
     assert_eq!(gates.len(), 3);
@@ -125,6 +129,34 @@ fn a_small_order_gives_numbers_that_agree_with_each_other() {
         assert_eq!(gate["status"], "not-measured");
         assert!(gate["found"].is_null() && gate["limit"].as_f64().is_some());
     }
+}
+
+/// Judged by Debian's python3-jsonschema.
+fn the_schema_is_kept(whole: &Value) {
+    let valid = |report: &Value| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("cost.json");
+        std::fs::write(&file, report.to_string()).unwrap();
+        let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/cost.schema.json");
+        let mut judge = Command::new("/usr/bin/python3");
+        judge.args(["-m", "jsonschema", "--instance"]);
+        let output = judge.arg(&file).arg(&schema).output().unwrap();
+        (output.status.success(), text(&output.stderr))
+    };
+    let (kept, complaint) = valid(whole);
+    assert!(kept, "{complaint}");
+    let broken = |change: fn(&mut Value)| {
+        let mut report = whole.clone();
+        change(&mut report);
+        assert!(!valid(&report).0, "{report:#}");
+    };
+    broken(|report| report["variants"][0]["pods"][2]["colour"] = Value::from("red"));
+    broken(|report| report["variants"][0]["loads"][0]["operation"] = Value::from("GB"));
+    broken(|report| report["gates"][0]["status"] = Value::from("met"));
+    broken(|report| {
+        let idle = report["variants"][0]["idle_tunnels"].as_object_mut();
+        idle.unwrap().remove("unused_kib");
+    });
 }
 
 #[test]

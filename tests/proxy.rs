@@ -13,7 +13,7 @@ use harness::{Stage, eventually, own};
 use host_net::netns::Netns;
 use inpod_redirect::zds::client::{self, ClientOptions, WorkloadHandler};
 use inpod_redirect::zds::{Add, NodeConfiguration};
-use lab::standing::congestion::for_cubic;
+use lab::standing::congestion;
 use lab::standing::{Daemon, Lab};
 use lab::topology::Mode;
 use lab::topology::network::Attachment;
@@ -52,7 +52,7 @@ fn a_replaced_proxy_is_followed(#[values(Mode::Node, Mode::Mixed)] mode: Mode) {
         .unwrap()
         .unwrap();
     let _kept = Ending(kept);
-    Netns::create_named(&node.proxy_netns).unwrap();
+    congestion::create_netns(&node.proxy_netns).unwrap();
     let attachment = Attachment {
         veth: &node.proxy_veth,
         netns: &node.proxy_netns,
@@ -60,8 +60,7 @@ fn a_replaced_proxy_is_followed(#[values(Mode::Node, Mode::Mixed)] mode: Mode) {
         gateway: node.pod_gateway,
     };
     ip_batch(&node.netns, &attachment.node_side());
-    let side = for_cubic(&node.proxy_netns, &attachment.pod_side());
-    ip_batch(&node.proxy_netns, &side);
+    ip_batch(&node.proxy_netns, &attachment.pod_side());
     assert_ne!(old.id(), lab.netns("proxy1").unwrap().id());
     lab.start(1, Daemon::Proxy).unwrap();
     eventually("the proxy is there", SOON, || lab.is_ready(1));

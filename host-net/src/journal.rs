@@ -5,11 +5,15 @@
 //! and [`crate::engine::undo`] needs nothing else. Names and protocol numbers prove nothing about who made an object,
 //! because chain, set and device names are the field's own; the journal does.
 //!
-//! One JSON file per plan, replaced atomically (write aside, fsync, rename, fsync of the directory).
+//! One JSON file per plan, replaced atomically (written aside and renamed). Nothing waits for the disk: a process that dies
+//! leaves its writes with the kernel, and when the machine stops, so do all objects that records are about. What such a stop
+//! leaves half written is recognised as of another boot, and forgotten ([`forget_incomplete`]).
+
+mod boot;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::iptables::Iptables;
 use crate::netns::NetnsId;
 use crate::plan::{Family, Plan, Step, Table};
+
+pub use boot::{boot_id, forget_incomplete};
 
 /// Suffix of a record's file.
 const SUFFIX: &str = ".json";
@@ -109,6 +115,7 @@ impl Journal {
         let dir = dir.as_ref().to_path_buf();
         fs::create_dir_all(&dir).map_err(at(&dir))?;
         fs::read_dir(&dir).map_err(at(&dir))?;
+        forget_incomplete(&dir, SUFFIX).map_err(at(&dir))?;
         Ok(Self {
             dir,
             seen: Mutex::default(),
@@ -161,8 +168,8 @@ impl Journal {
         Ok(records)
     }
 
-    /// Writes `record` under its plan's name. On return it is on stable storage; a crash in between leaves the
-    /// previous record.
+    /// Writes `record` under its plan's name. On return it is what every later reader finds, whoever is killed; a crash in
+    /// between leaves the previous record.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -176,14 +183,11 @@ impl Journal {
             path: path.clone(),
             source,
         })?;
-        let written = File::create(&aside)
-            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
-            .and_then(|()| fs::rename(&aside, &path));
-        if let Err(source) = written {
+        let written = fs::write(&aside, &text).and_then(|()| fs::rename(&aside, &path));
+        written.map_err(|source| {
             let _ = fs::remove_file(&aside);
-            return Err(JournalError::Io { path, source });
-        }
-        self.sync_dir()
+            JournalError::Io { path, source }
+        })
     }
 
     /// Deletes the record of the plan `name`; none is fine.
@@ -194,7 +198,7 @@ impl Journal {
         let path = self.path(name)?;
         lock(&self.seen).remove(name);
         match fs::remove_file(&path) {
-            Ok(()) => self.sync_dir(),
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(source) => Err(JournalError::Io { path, source }),
         }
@@ -235,19 +239,6 @@ impl Journal {
             Err(JournalError::Name(name.to_owned()))
         }
     }
-
-    fn sync_dir(&self) -> Result<(), JournalError> {
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(at(&self.dir))
-    }
-}
-
-/// The identifier of this boot of the kernel; empty where the kernel does not tell.
-pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|id| id.trim().to_owned())
-        .unwrap_or_default()
 }
 
 fn valid(name: &str) -> bool {

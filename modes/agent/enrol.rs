@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::admission::has_address;
@@ -17,6 +18,11 @@ use crate::unix_http::Caller;
 /// How long an enrolment may wait for the proxy and for other events of the pod: so much less than the plugin waits
 /// (5 s) that it hears what was wrong.
 const ENROL_WITHIN: Duration = Duration::from_millis(4500);
+/// Of that, how long it may wait for its turn: what is left is enough for one that is not disturbed.
+const TURN_WITHIN: Duration = Duration::from_millis(3500);
+/// Enrolments that are worked on at the same time. More of them share the same processors, and where those do not do for
+/// all, none would be done in time: so the first ones are, and the rest hears early to try again.
+const AT_ONCE: usize = 8;
 /// How long the proxy may take to confirm that it serves a pod no more. It hears it in any case: if not by this, then by
 /// the next snapshot.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(3);
@@ -67,6 +73,16 @@ impl Busy {
     }
 }
 
+/// Who is enrolled next: first come, first served.
+#[derive(Debug)]
+pub(super) struct Turns(Semaphore);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Semaphore::new(AT_ONCE))
+    }
+}
+
 impl Agent {
     /// Enrols a pod: announcement and acknowledgement first, redirect last. On an error everything is taken back; so it
     /// is when the plugin gave up meanwhile, because the runtime takes the sandbox down then.
@@ -94,6 +110,12 @@ impl Agent {
             let repeated = self.capture(&pod, deadline).await;
             return repeated.map(drop).map_err(failed);
         }
+        let Ok(_turn) = timeout_at(begun + TURN_WITHIN, self.turns.0.acquire()).await else {
+            return Err(EnrolError::NotReady {
+                pod: name,
+                reason: format!("other pods were first for {TURN_WITHIN:?}"),
+            });
+        };
         self.make_room(&pod, deadline).await.map_err(failed)?;
         let put = self.put_in_place(pod.clone(), deadline, caller).await;
         let times = match put {

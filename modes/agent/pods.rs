@@ -2,13 +2,13 @@
 //! pod, so that many pods at once do not wait for each other.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use host_net::journal::boot_id;
+use host_net::journal::{boot_id, forget_incomplete};
 use host_net::netns::{Netns, NetnsId};
 use serde::{Deserialize, Serialize};
 
@@ -135,6 +135,7 @@ impl Pods {
             io::Error::other(format!("{}: {error}", path.display()))
         };
         fs::create_dir_all(&dir).map_err(|e| at(&dir, &e))?;
+        forget_incomplete(&dir, SUFFIX)?;
         let (mut pods, boot) = (BTreeMap::new(), boot_id());
         for entry in fs::read_dir(&dir).map_err(|e| at(&dir, &e))? {
             let path = entry.map_err(|e| at(&dir, &e))?.path();
@@ -211,8 +212,8 @@ impl Pods {
             pod,
         };
         let text = serde_json::to_vec_pretty(&stored)?;
-        File::create(&aside)
-            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+        // Not waited for on the disk: see `host_net::journal`.
+        fs::write(&aside, &text)
             .and_then(|()| fs::rename(&aside, &path))
             .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
         self.lock().insert(stored.pod.uid.clone(), stored.pod);

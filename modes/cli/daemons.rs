@@ -12,6 +12,7 @@ use tokio::runtime::Runtime;
 use super::Failure;
 use super::sources::SourceArgs;
 use crate::agent::{self, AgentConfig};
+use crate::descriptors;
 use crate::logging;
 use crate::options::CaptureArgs;
 use crate::options::field::FieldArgs;
@@ -71,6 +72,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
         health: args.health,
         metrics: args.metrics,
     };
+    descriptors::make_room();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -204,10 +206,30 @@ fn workers(asked: Option<Workers>, limit: Option<NonZeroUsize>) -> usize {
 
 /// The runtime of whatever carries pods' bytes.
 pub(crate) fn proxy_runtime(workers: Option<usize>) -> std::io::Result<Runtime> {
+    descriptors::make_room();
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers.max(LEAST_WORKERS))
         .enable_all()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use nix::sys::resource::{Resource, getrlimit};
+
+    use super::*;
+
+    #[test]
+    fn a_proxy_has_room_for_descriptors_before_it_opens_any() {
+        let _runtime = proxy_runtime(None).unwrap();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(soft, hard);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+        let size: u64 = line.unwrap().trim().parse().unwrap();
+        assert!(size >= descriptors::ROOM.min(hard), "{size} of {hard}");
+    }
 }

@@ -73,6 +73,31 @@ fn a_damaged_record_is_an_error_of_its_own_and_does_not_hide_the_others() {
     assert_eq!(others[0].plan.name, "good");
 }
 
+/// Power was lost: the record that was being written then is of no use, and must not keep the agent from starting.
+#[test]
+fn what_an_earlier_boot_left_incomplete_is_forgotten_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    journal.store(&record("whole", 7, "0")).unwrap();
+    for empty in ["empty", "cut"] {
+        fs::write(dir.path().join(format!("{empty}.json")), "").unwrap();
+    }
+    fs::write(dir.path().join("cut.json"), "{\"plan\":").unwrap();
+    let again = Journal::open(dir.path()).unwrap();
+    assert_eq!(
+        again.list().unwrap(),
+        ["cut", "empty", "whole"],
+        "the same boot"
+    );
+    fs::write(dir.path().join(".boot"), "another boot").unwrap();
+    let after = Journal::open(dir.path()).unwrap();
+    assert_eq!(after.list().unwrap(), ["whole"]);
+    // From then on it is this boot's directory again.
+    fs::write(dir.path().join("cut.json"), "{").unwrap();
+    let same = Journal::open(dir.path()).unwrap();
+    assert!(same.load("cut").is_err());
+}
+
 #[test]
 fn a_half_written_file_is_never_taken_for_a_record() {
     let dir = tempfile::tempdir().unwrap();

@@ -346,7 +346,7 @@ pub fn run(spec: &CostSpec, progress: Progress<'_>) -> Result<CostReport> {
             spec.variants.len()
         ));
         outcome = interrupt::check().map_err(Into::into).and_then(|()| {
-            let cost = measure::variant(spec, variant, report.syscall_tool, progress)
+            let cost = measure::variant(spec, variant, &mut report, progress)
                 .with_context(|| format!("cost of {variant}"))?;
             report.gates.extend(gates::of(&cost));
             report.variants.push(cost);

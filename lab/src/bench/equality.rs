@@ -24,15 +24,50 @@ const PLACES: [(&str, &str); 4] = [
     ("node", "node1"),
     ("proxy", "proxy1"),
 ];
+/// Where connections are looked at: every namespace that a measured connection has a socket in.
+const SOCKETS: [(&str, &[&str]); 4] = [
+    ("client", &[CLIENT]),
+    ("server", &["pod2-1", "pod1-2"]),
+    ("node", &["node1", "node2"]),
+    ("proxy", &["proxy1", "proxy2"]),
+];
 /// Kernel settings that change how TCP behaves.
-const SYSCTLS: [&str; 7] = [
-    "net/ipv4/tcp_rmem",
-    "net/ipv4/tcp_wmem",
+const TCP: [&str; 18] = [
     "net/ipv4/tcp_sack",
     "net/ipv4/tcp_timestamps",
     "net/ipv4/tcp_window_scaling",
     "net/ipv4/ip_local_port_range",
+    "net/ipv4/tcp_ecn",
+    "net/ipv4/tcp_fastopen",
+    "net/ipv4/tcp_fin_timeout",
+    "net/ipv4/tcp_tw_reuse",
+    "net/ipv4/tcp_slow_start_after_idle",
+    "net/ipv4/tcp_no_metrics_save",
+    "net/ipv4/tcp_mtu_probing",
+    "net/ipv4/tcp_autocorking",
+    "net/ipv4/tcp_notsent_lowat",
+    "net/ipv4/tcp_limit_output_bytes",
+    "net/ipv4/tcp_min_tso_segs",
+    "net/ipv4/tcp_max_syn_backlog",
+    "net/ipv4/tcp_syncookies",
     "net/core/somaxconn",
+];
+/// Limits of what a socket may buffer.
+const BUFFERS: [&str; 7] = [
+    "net/ipv4/tcp_rmem",
+    "net/ipv4/tcp_wmem",
+    "net/ipv4/tcp_moderate_rcvbuf",
+    "net/core/rmem_default",
+    "net/core/rmem_max",
+    "net/core/wmem_default",
+    "net/core/wmem_max",
+];
+/// Settings that no namespace has of its own.
+const MACHINE: [&str; 4] = [
+    "net/ipv4/tcp_mem",
+    "net/core/netdev_max_backlog",
+    "net/core/netdev_budget",
+    "net/core/default_qdisc",
 ];
 /// Offloads of a veth that change what a packet costs.
 const OFFLOADS: [&str; 5] = [
@@ -51,13 +86,16 @@ pub struct Property {
     pub what: String,
     /// By the variant's word. A variant that has nothing of the kind is not there: no mesh has no proxies.
     pub values: BTreeMap<String, String>,
-    /// Whether all that have it have the same.
+    /// Whether all that have it have the same; of congestion control, whether all connections everywhere have.
     pub equal: bool,
 }
 
+/// End of the names of properties that are about congestion control.
+const USED: &str = ": congestion control of its connections";
+
 /// What the congestion control of the connections in a place is called.
 pub fn used_in(place: &str) -> String {
-    format!("{place}: congestion control of its connections")
+    format!("{place}{USED}")
 }
 
 /// Congestion control of the clients' connections, where it was the same in all labs.
@@ -71,26 +109,26 @@ pub fn of_clients(properties: &[Property]) -> Option<String> {
 /// Properties of one lab.
 pub type Facts = BTreeMap<String, String>;
 
-/// Congestion control of the connections that are open in a lab, by place. To be called while a load runs.
-pub fn congestion_control(stage: &Stage) -> BTreeMap<&'static str, BTreeSet<String>> {
-    let mut found = BTreeMap::new();
-    for (place, target) in PLACES {
-        let Ok(netns) = stage.lab.netns(target) else {
-            continue;
-        };
-        let known = sysctl::read(&netns, "net/ipv4/tcp_available_congestion_control");
-        let known = known.unwrap_or_default();
-        let text = output_of(&netns, "ss", &["-tinHO"], TOOL_LIMIT).unwrap_or_default();
-        let names: BTreeSet<String> = text
-            .split_ascii_whitespace()
-            .filter(|word| known.split(' ').any(|name| name == *word))
-            .map(str::to_owned)
-            .collect();
-        if !names.is_empty() {
-            found.insert(place, names);
+/// Names of algorithms, by place.
+pub type Used = BTreeMap<&'static str, BTreeSet<String>>;
+
+/// Adds the congestion control of the connections that are open in a lab. To be called while a load runs.
+pub fn look_at_connections(stage: &Stage, used: &mut Used) {
+    for (place, targets) in SOCKETS {
+        for netns in targets.iter().filter_map(|name| stage.lab.netns(name).ok()) {
+            let known = sysctl::read(&netns, "net/ipv4/tcp_available_congestion_control");
+            let known = known.unwrap_or_default();
+            let text = output_of(&netns, "ss", &["-tinHO"], TOOL_LIMIT).unwrap_or_default();
+            let names: BTreeSet<String> = text
+                .split_ascii_whitespace()
+                .filter(|word| known.split(' ').any(|name| name == *word))
+                .map(str::to_owned)
+                .collect();
+            if !names.is_empty() {
+                used.entry(place).or_default().extend(names);
+            }
         }
     }
-    found
 }
 
 /// All that is to be compared of one lab.
@@ -111,11 +149,8 @@ pub fn facts(stage: &Stage) -> Result<Facts> {
             "offloads",
             offloads.map_or_else(|_| UNTOLD.to_owned(), |text| on(&text)),
         );
-        let settings: Vec<String> = SYSCTLS
-            .into_iter()
-            .map(|key| setting(&netns, key))
-            .collect();
-        fact("TCP settings", settings.join(", "));
+        fact("TCP settings", settings(&netns, &TCP));
+        fact("socket buffers", settings(&netns, &BUFFERS));
         fact(
             "default congestion control",
             sysctl::read(&netns, "net/ipv4/tcp_congestion_control").unwrap_or_default(),
@@ -124,11 +159,14 @@ pub fn facts(stage: &Stage) -> Result<Facts> {
             let tracked = [
                 "net/netfilter/nf_conntrack_max",
                 "net/netfilter/nf_conntrack_buckets",
-            ]
-            .map(|key| setting(&netns, key));
-            fact("connection tracking", tracked.join(", "));
+            ];
+            fact("connection tracking", settings(&netns, &tracked));
         }
     }
+    facts.insert(
+        "machine: network settings".to_owned(),
+        settings(&Netns::current()?, &MACHINE),
+    );
     let affinity = |pids: &[i32]| {
         let mut sets: Vec<String> = pids
             .iter()
@@ -184,13 +222,14 @@ fn on(text: &str) -> String {
         .join(", ")
 }
 
-fn setting(netns: &Netns, key: &str) -> String {
-    let name = key.rsplit('/').next().unwrap_or(key);
-    let value = sysctl::read(netns, key).unwrap_or_else(|_| "?".to_owned());
-    format!(
-        "{name} {}",
-        value.split_ascii_whitespace().collect::<Vec<_>>().join(" ")
-    )
+fn settings(netns: &Netns, keys: &[&str]) -> String {
+    let setting = |key: &&str| {
+        let name = key.rsplit('/').next().unwrap_or(key);
+        let value = sysctl::read(netns, key).unwrap_or_else(|_| "?".to_owned());
+        let value: Vec<&str> = value.split_ascii_whitespace().collect();
+        format!("{name} {}", value.join(" "))
+    };
+    keys.iter().map(setting).collect::<Vec<_>>().join(", ")
 }
 
 /// Threads of a process that do its work: as many as have the most frequent name.
@@ -232,10 +271,20 @@ pub fn matrix(labs: &[(Variant, Facts)], proofs: &[Proof]) -> Vec<Property> {
             put("tunnel: cipher", variant, ciphers.join(" and "));
         }
     }
+    // A stream is as fast as the slowest of its connections: they have to be alike in all places, not in each one only.
+    let used = properties
+        .iter()
+        .filter(|(what, _)| what.ends_with(USED))
+        .flat_map(|(_, values)| values.values().cloned())
+        .collect::<BTreeSet<String>>();
+    let alike = used.len() <= 1 && !used.iter().any(|names| names.contains(' '));
     properties
         .into_iter()
         .map(|(what, values)| Property {
-            equal: values.values().collect::<BTreeSet<_>>().len() <= 1,
+            equal: match what.ends_with(USED) {
+                true => alike,
+                false => values.values().collect::<BTreeSet<_>>().len() <= 1,
+            },
             what,
             values,
         })
@@ -269,6 +318,31 @@ mod tests {
         let equal: Vec<(&str, bool)> = matrix.iter().map(|p| (p.what.as_str(), p.equal)).collect();
         assert_eq!(equal, [("client: MTU", false), ("proxies: threads", true)]);
         assert_eq!(matrix[0].values["relay"], "1400");
+    }
+
+    #[test]
+    fn connections_are_alike_only_if_they_are_in_all_places() {
+        let equal = |client: &str, proxy: &str| {
+            let labs = [
+                (
+                    Variant::None,
+                    Facts::from([(used_in("client"), client.to_owned())]),
+                ),
+                (
+                    Variant::Inpod,
+                    Facts::from([
+                        (used_in("client"), client.to_owned()),
+                        (used_in("proxy"), proxy.to_owned()),
+                    ]),
+                ),
+            ];
+            let matrix = matrix(&labs, &[]);
+            assert_eq!(matrix.len(), 2);
+            matrix.iter().all(|property| property.equal)
+        };
+        assert!(equal("cubic", "cubic"));
+        assert!(!equal("cubic", "bbr"));
+        assert!(!equal("bbr and cubic", "bbr and cubic"));
     }
 
     #[test]

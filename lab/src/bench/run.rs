@@ -1,6 +1,5 @@
 //! One benchmark: a lab per variant, all standing at once, measured in turns.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -26,7 +25,7 @@ use crate::topology::{Overlay, Programs};
 
 /// Seconds of the unmeasured run that each variant makes of each case.
 const WARM_UP_SECONDS: u64 = 1;
-/// How long after the beginning of the first such run its connections are looked at.
+/// How long after the beginning of such a run its connections are looked at.
 const LOOK_AFTER: Duration = Duration::from_millis(500);
 
 /// A benchmark as a user orders it.
@@ -132,6 +131,7 @@ pub(super) fn set_up(
         for &path in &paths {
             interrupt::check()?;
             let proof = proof::prove(&stage.lab, &stage.variant, path)
+                .map_err(|error| stage.with_cause(error))
                 .with_context(|| format!("proof of {} {path}", stage.variant))?;
             progress(&format!(
                 "{} {path}: {}",
@@ -148,19 +148,14 @@ pub(super) fn set_up(
     proof::require(&report.proofs)?;
     let warm = in_parallel(&stages, progress, |stage, _| {
         let cases = spec.cases.iter();
-        let mut used = BTreeMap::new();
+        let mut used = equality::Used::new();
         for case in cases.filter(|case| case.wants_warm_up() && case.applies_to(&stage.variant)) {
-            let warm_up = || stage.sample(*case, WARM_UP_SECONDS, 0);
-            let sample = if used.is_empty() {
-                thread::scope(|scope| {
-                    let load = scope.spawn(warm_up);
-                    thread::sleep(LOOK_AFTER);
-                    used = equality::congestion_control(stage);
-                    load.join().unwrap_or_else(|panic| resume_unwind(panic))
-                })
-            } else {
-                warm_up()
-            };
+            let sample = thread::scope(|scope| {
+                let load = scope.spawn(|| stage.sample(*case, WARM_UP_SECONDS, 0));
+                thread::sleep(LOOK_AFTER);
+                equality::look_at_connections(stage, &mut used);
+                load.join().unwrap_or_else(|panic| resume_unwind(panic))
+            });
             sample.with_context(|| format!("warm-up of {} {case}", stage.variant))?;
         }
         let mut facts = equality::facts(stage)?;
@@ -243,6 +238,15 @@ fn measure(
         ));
     }
     let mut pace = Pace::default();
+    // What was measured before took this long at least: a better guess than the mean of other cases.
+    for step in &done {
+        let taken = report.samples.iter().filter(|s| (s.round, s.case) == *step);
+        let taken: f64 = taken.map(|sample| sample.wall_seconds).sum();
+        pace.took(
+            step.1,
+            Duration::try_from_secs_f64(taken).unwrap_or_default(),
+        );
+    }
     for (index, &(round, case)) in steps.iter().enumerate() {
         let begun = Instant::now();
         let mut line = Vec::new();

@@ -174,8 +174,22 @@ impl Stage {
     /// Measures a case once.
     ///
     /// # Errors
-    /// When the load fails or took another path than was proven.
+    /// When the load fails or took another path than was proven. If a daemon has ended, that is said, too.
     pub fn sample(&self, case: Case, seconds: u64, round: usize) -> Result<Sample> {
+        let sample = self.sample_of(case, seconds, round);
+        sample.map_err(|error| self.with_cause(error))
+    }
+
+    /// An error with the daemon that has ended, if one has: what failed then failed for that.
+    pub fn with_cause(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.lab.ended_daemon() {
+            // An interruption is known by its type, and ends everything at any time.
+            Some(ended) if !error.is::<interrupt::Interrupted>() => error.context(ended),
+            _ => error,
+        }
+    }
+
+    fn sample_of(&self, case: Case, seconds: u64, round: usize) -> Result<Sample> {
         let topology = self.lab.topology();
         let (_, server) = topology
             .pod(case.path.server())

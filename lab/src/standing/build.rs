@@ -19,7 +19,7 @@ use crate::topology::{Kind, Mode, Node, Pod};
 /// Bound of one call of `ip`. User-Mode Linux needs a second for some.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a killed pause process may take to go.
-const GONE_WITHIN: Duration = Duration::from_secs(5);
+pub(super) const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 impl Lab {
     /// Everything, from a record only to a complete lab.
@@ -31,7 +31,7 @@ impl Lab {
             topology.netns_names().len()
         ));
         for name in topology.netns_names() {
-            Netns::create_named(&name).context("create network namespace")?;
+            congestion::create_netns(&name)?;
         }
         for (netns, batch) in topology.ip_batches() {
             ip_batch(&netns, &batch)?;
@@ -101,7 +101,7 @@ impl Lab {
         let (node, pod) = topology
             .pod(pod)
             .with_context(|| format!("no pod {pod:?}"))?;
-        Netns::create_named(&pod.netns).context("create network namespace")?;
+        congestion::create_netns(&pod.netns)?;
         self.change_record(|record| *record.generations.entry(pod.name.clone()).or_default() += 1)?;
         let attachment = attachment(node, pod);
         ip_batch(&node.netns, &attachment.node_side())?;
@@ -188,7 +188,6 @@ pub(super) fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
 
 /// One call of `ip` for many changes in a namespace.
 pub(super) fn ip_batch(netns: &str, batch: &str) -> Result<()> {
-    let batch = &congestion::for_cubic(netns, batch);
     let here = Netns::current()?;
     let mut command = Command::new("ip");
     command.args(["-netns", netns, "-batch", "-"]);

@@ -2,9 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use host_net::netns::Netns;
+use nix::sys::signal::Signal;
 
-use super::build::{attachment, ip_batch, pause_name};
-use super::{Lab, cgroup};
+use super::build::{GONE_WITHIN, attachment, ip_batch, pause_name};
+use super::{Lab, cgroup, congestion, process};
 use crate::topology::{MOST_PODS, Pod};
 
 impl Lab {
@@ -37,7 +38,7 @@ impl Lab {
 
         let mut links = String::new();
         for pod in &made {
-            Netns::create_named(&pod.netns).context("create network namespace")?;
+            congestion::create_netns(&pod.netns)?;
             links.push_str(&attachment(node, pod).node_side());
         }
         ip_batch(&node.netns, &links)?;
@@ -53,5 +54,52 @@ impl Lab {
         self.change_record(|record| record.processes.extend(pauses))?;
         self.write_state(&topology.local_xds().to_yaml()?)?;
         Ok(made.iter().map(|pod| pod.name.clone()).collect())
+    }
+
+    /// Removes all pods that [`Lab::create_pods`] made on a node, and the proxies forget them. They have to be let go
+    /// first ([`Lab::del_pod`]). The kernel takes the namespaces themselves down at leisure.
+    ///
+    /// # Errors
+    /// At the first step that fails; what is left goes with the lab.
+    pub fn remove_created_pods(&self, node: u8) -> Result<()> {
+        let created = self.lock().record.created.get(&node).copied();
+        let created = usize::from(created.unwrap_or_default());
+        if created == 0 {
+            return Ok(());
+        }
+        let topology = self.topology();
+        let standing = topology
+            .node(node)
+            .with_context(|| format!("no node {node}"))?;
+        // The pod that is never captured is the last one, after those.
+        let built = standing.pods.len().saturating_sub(created + 1);
+        let pods: Vec<&Pod> = standing.pods.iter().skip(built).take(created).collect();
+        let mut ids = Vec::new();
+        let mut links = String::new();
+        for pod in &pods {
+            ids.push(Netns::open(Netns::path_of(&pod.netns))?.id());
+            links.push_str(&format!("link delete {}\n", pod.veth));
+        }
+        let processes = process::in_namespaces(&ids);
+        for process in &processes {
+            process.signal(Signal::SIGKILL)?;
+        }
+        for process in processes {
+            process.wait_gone(GONE_WITHIN);
+        }
+        ip_batch(&standing.netns, &links)?;
+        for pod in &pods {
+            Netns::delete_named(&pod.netns).context("delete network namespace")?;
+            cgroup::remove_pod(&topology.lab, pod)?;
+        }
+        self.change_record(|record| {
+            record.created.remove(&node);
+            for pod in &pods {
+                record.processes.remove(&pause_name(pod));
+                // A pod of this name that comes later is another one.
+                *record.generations.entry(pod.name.clone()).or_default() += 1;
+            }
+        })?;
+        self.write_state(&self.topology().local_xds().to_yaml()?)
     }
 }

@@ -18,6 +18,8 @@ use crate::topology::LabSpec;
 
 /// How long a node's daemons may take to be ready. User-Mode Linux needs a good part of it.
 const READY_WITHIN: Duration = Duration::from_secs(60);
+/// With this environment variable set to a number of seconds, they may take as long.
+const READY_ENV: &str = "AMBIDEX_LAB_READY_SECONDS";
 /// Time between two questions whether they are.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// How long a daemon may take to end when asked to: its own drain time and some more.
@@ -167,9 +169,12 @@ impl Lab {
     /// Waits until the node's agent says that the node is set up and its proxy is ready.
     ///
     /// # Errors
-    /// When a daemon ends meanwhile, or after 60 s; with the end of the logs.
+    /// When a daemon ends meanwhile, or after 60 s (or what `AMBIDEX_LAB_READY_SECONDS` says); with the end of the logs.
     pub fn wait_ready(&self, node: u8, progress: Progress<'_>) -> Result<()> {
         let started = Instant::now();
+        let ordered = std::env::var(READY_ENV).ok();
+        let within = ordered.and_then(|seconds| seconds.parse().ok());
+        let within = within.map_or(READY_WITHIN, Duration::from_secs);
         let mut reported = 0;
         loop {
             let answer = match self.agent_health(node) {
@@ -187,11 +192,11 @@ impl Lab {
                 }
             }
             let waited = started.elapsed();
-            if waited >= READY_WITHIN {
+            if waited >= within {
                 let logs = [Daemon::Agent, Daemon::Proxy]
                     .map(|daemon| self.log_end(node, daemon))
                     .concat();
-                bail!("node{node} is not ready after {READY_WITHIN:?}: {answer}{logs}");
+                bail!("node{node} is not ready after {within:?}: {answer}{logs}");
             }
             if waited.as_secs() >= reported + 2 {
                 reported = waited.as_secs();
@@ -201,6 +206,23 @@ impl Lab {
             }
             thread::sleep(ASK_EVERY);
         }
+    }
+
+    /// A daemon that was started and not ended from here, and does not run: its name and the end of its log.
+    pub fn ended_daemon(&self) -> Option<String> {
+        let started: Vec<String> = self.lock().record.processes.keys().cloned().collect();
+        let topology = self.topology();
+        let nodes = topology.nodes.iter().map(|node| node.index);
+        let daemons = nodes.flat_map(|node| [Daemon::Agent, Daemon::Proxy].map(|d| (node, d)));
+        let mut ended = daemons.filter(|(node, daemon)| {
+            started.contains(&daemon.name(*node)) && self.process(*node, *daemon).is_none()
+        });
+        let (node, daemon) = ended.next()?;
+        Some(format!(
+            "{} has ended{}",
+            daemon.name(node),
+            self.log_end(node, daemon)
+        ))
     }
 
     /// Whether the node's agent says that all is ready, without waiting.

@@ -12,11 +12,11 @@ use super::objects::{self, Objects};
 use super::process;
 use super::syscalls::{self, Tool};
 use super::{
-    AroundLoad, AtPods, CostSpec, DeviceCost, Ends, EnrolmentSteps, Idle, LoadCost, Percentiles,
-    ProcessCost, ProcessState, VariantCost,
+    AroundLoad, AtPods, CostReport, CostSpec, DeviceCost, Ends, EnrolmentSteps, Idle, LoadCost,
+    Percentiles, ProcessCost, ProcessState, VariantCost,
 };
 use crate::bench::accounting;
-use crate::bench::case::{Case, Load};
+use crate::bench::case::{CLIENT, Case, Load};
 use crate::bench::counters::{self, ISTIOIN, ISTIOOUT};
 use crate::bench::interrupt;
 use crate::bench::run::BenchSpec;
@@ -45,15 +45,20 @@ const STATE_IS_READ_WITHIN: Duration = Duration::from_millis(1500);
 /// Of the connections between different pods, at least this share has to leave a tunnel.
 const TUNNELS_LEFT: f64 = 0.95;
 
-/// Takes all accounts of a variant.
+/// Takes all accounts of a variant; before the first one, asks where they are taken.
 pub(super) fn variant(
     spec: &CostSpec,
     variant: &Variant,
-    tool: Option<Tool>,
+    report: &mut CostReport,
     progress: Progress<'_>,
 ) -> Result<VariantCost> {
     let stage = Stage::new(variant, &bench_spec(spec, variant))?;
     let lab: &Lab = &stage.lab;
+    if report.variants.is_empty() {
+        report.environment.ask_pod(&lab.netns(CLIENT)?);
+        report.environment.ask_load();
+    }
+    let tool = report.syscall_tool;
     let mut cost = VariantCost {
         variant: variant.clone(),
         overlay: stage.overlay(),

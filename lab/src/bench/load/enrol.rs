@@ -29,10 +29,13 @@ const TRY_AGAIN: &str = "\"code\":11,";
 const MOST_TRIES: u32 = 10;
 /// How long after it said so: a runtime leaves the node time, too.
 const RETRIES_AFTER: Duration = Duration::from_secs(1);
+/// What the kernel needs to take 200 namespaces down, and the proxies to read that the pods are gone (they look twice a
+/// second): none of it is to run beside the next sample.
+const REMOVED_WITHIN: Duration = Duration::from_secs(1);
 /// How many pods are let go at a time when the sample is over.
 const AT_A_TIME: usize = 8;
 
-/// Makes as many pods as are wanted, beside those that the lab was built with; they stay for the next sample.
+/// Makes as many pods as are wanted, beside those that the lab was built with.
 pub fn prepare(target: &Target<'_>, pods: u8) -> Result<()> {
     let missing = usize::from(pods).saturating_sub(extras(&target.stage.lab).len());
     if let missing @ 1.. = u8::try_from(missing)? {
@@ -111,10 +114,13 @@ fn add(lab: &Lab, pod: &Pod, refused: &AtomicU32) -> Result<()> {
     }
 }
 
-/// Lets the pods go.
+/// Lets the pods go and removes them: the next case is to find the lab as it was built.
 pub fn clean_up(target: &Target<'_>) -> Result<()> {
     let lab = &target.stage.lab;
-    each(&extras(lab), AT_A_TIME, |pod| lab.del_pod(&pod.name)).map(drop)
+    each(&extras(lab), AT_A_TIME, |pod| lab.del_pod(&pod.name))?;
+    lab.remove_created_pods(NODE)?;
+    thread::sleep(REMOVED_WITHIN);
+    Ok(())
 }
 
 /// The pods that the lab was not built with.
