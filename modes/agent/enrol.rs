@@ -116,6 +116,10 @@ impl Agent {
                 reason: format!("other pods were first for {TURN_WITHIN:?}"),
             });
         };
+        // Its plugin has said to come again later: whoever still waits has the turn.
+        if caller.has_left() {
+            return Err(failed(anyhow!("the plugin gave up waiting")));
+        }
         self.make_room(&pod, deadline).await.map_err(failed)?;
         let put = self.put_in_place(pod.clone(), deadline, caller).await;
         let times = match put {
