@@ -9,7 +9,7 @@ OUT ?= out/bench
 PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcpdump ethtool procps kmod curl jq make gcc bind9-dnsutils dnsmasq-base \
 	user-mode-linux python3-jsonschema libipset-dev libmnl-dev libclang-dev clang \
 	podman containerd runc containernetworking-plugins busybox-static \
-	python3-prometheus-client python3-protobuf protobuf-compiler openssl \
+	python3-prometheus-client python3-protobuf protobuf-compiler openssl nghttp2-client tshark \
 	python3-grpcio python3-cryptography python3-yaml
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 

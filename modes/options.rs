@@ -2,6 +2,7 @@
 
 pub mod duration;
 pub mod field;
+pub mod tls;
 
 use clap::Args;
 use host_net::netlink::NetlinkError;

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use host_net::netns::Netns;
 use inpod_redirect::zds::client::{self, ClientOptions};
-use serde_json::json;
+use serde_json::{Value, json};
 use shared_proxy::core::{Core, CoreConfig};
 use shared_proxy::identity::{Certificates, RefreshPolicy};
 use shared_proxy::state::Store;
@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 
 use crate::logging::Log;
 use crate::options::field::FieldArgs;
+use crate::options::tls::TlsArgs;
 use sources::{AuthoritySource, MeshSource};
 
 /// What a proxy is started with.
@@ -42,6 +43,8 @@ pub struct ProxyConfig {
     pub cert_ttl: Duration,
     /// Settings under the field's names.
     pub field: FieldArgs,
+    /// Revocation lists and what is written down.
+    pub tls: TlsArgs,
     /// How long connections may go on after SIGTERM.
     pub drain: Duration,
     /// Network that addresses without one belong to.
@@ -66,7 +69,7 @@ fn core_config(config: &ProxyConfig) -> CoreConfig {
 }
 
 /// The settings that a proxy would run with.
-pub fn in_force(config: &ProxyConfig) -> serde_json::Value {
+pub fn in_force(config: &ProxyConfig) -> Value {
     let core = core_config(config);
     let mut described = config.field.describe(&core, config.drain, config.cert_ttl);
     described["mesh"] = config.mesh.describe();
@@ -75,6 +78,8 @@ pub fn in_force(config: &ProxyConfig) -> serde_json::Value {
     described["adminAddr"] = json!(config.admin);
     described["statsAddr"] = json!(config.metrics);
     described["readinessAddr"] = json!(config.readiness);
+    described["crlPath"] = json!(config.tls.crl);
+    described["debugTlsKeyLog"] = json!(config.tls.debug_tls_key_log);
     described
 }
 
@@ -91,12 +96,14 @@ pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     let ca = config
         .authority
         .open(&config.trust_domain, config.cert_ttl)?;
-    let certificates = Arc::new(Certificates::new(ca, RefreshPolicy::default()));
     let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
         component: "ambidex-proxy".to_owned(),
         tag: env!("CARGO_PKG_VERSION").to_owned(),
         ..TelemetryOptions::default()
     }));
+    let (tls, _followed) = config.tls.open(&telemetry)?;
+    let policy = RefreshPolicy::default();
+    let certificates = Arc::new(Certificates::with_options(ca, policy, tls));
     telemetry.counter(
         "ambidex_log_lines_lost",
         "Lines of the log that were lost because nobody read it for long",

@@ -268,6 +268,22 @@ fn rows() -> Vec<Row> {
             json!("pqc"),
             Some("best"),
         ),
+        (
+            "CRL_PATH",
+            "--crl",
+            "/etc/crl/ca-crl.pem",
+            "/crlPath",
+            json!("/etc/crl/ca-crl.pem"),
+            None,
+        ),
+        (
+            "AMBIDEX_DEBUG_TLS_KEY_LOG",
+            "--debug-tls-key-log",
+            "/run/keys.log",
+            "/debugTlsKeyLog",
+            json!("/run/keys.log"),
+            None,
+        ),
     ]
 }
 

@@ -16,6 +16,7 @@ use crate::descriptors;
 use crate::logging;
 use crate::options::CaptureArgs;
 use crate::options::field::FieldArgs;
+use crate::options::tls::TlsArgs;
 use crate::proxy::{self, ProxyConfig};
 use crate::run_dir::{RunDir, state_dir};
 
@@ -99,6 +100,8 @@ pub(crate) struct ProxyArgs {
     drain_seconds: Option<u64>,
     #[command(flatten)]
     field: FieldArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// Print the settings in force as JSON and end
     #[arg(long)]
     show_config: bool,
@@ -151,6 +154,7 @@ pub(crate) fn run_proxy(args: ProxyArgs) -> Result<(), Failure> {
             .drain_seconds
             .map_or_else(|| args.field.drain(), Duration::from_secs),
         field: args.field,
+        tls: args.tls,
         network: args.network,
         cluster_id,
         admin: args.admin,

@@ -10,6 +10,7 @@ pub mod capture;
 pub mod core;
 pub mod dns;
 pub mod drain;
+mod file_changes;
 pub mod hbone;
 pub mod identity;
 pub mod inbound;

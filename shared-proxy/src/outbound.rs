@@ -19,7 +19,7 @@ use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, Tunnel};
 use crate::hbone::stream::HboneStream;
 use crate::hbone::stream_io::StreamIo;
-use crate::identity::Identity;
+use crate::identity::{Identity, PeerStanding};
 use crate::inbound;
 use crate::pool::{Lease, PoolKey};
 use crate::relay::{self, End, Leg, Meter};
@@ -37,8 +37,23 @@ struct Source {
 /// What the client's connection is relayed to.
 enum Upstream {
     Tcp(Leg),
-    /// The lease goes with the stream: it is the stream's place in the connection.
-    Tunnel(HboneStream, Lease<Tunnel>),
+    Tunnel(Stream),
+}
+
+/// A stream of a tunnel, or of a tunnel inside a tunnel.
+struct Stream {
+    stream: HboneStream,
+    /// Goes with the stream: it is the stream's place in the connection.
+    lease: Lease<Tunnel>,
+    /// Of the peer of the inner tunnel.
+    inner: PeerStanding,
+}
+
+impl Stream {
+    /// A tunnel that ends breaks its streams.
+    fn is_revoked(lease: &Lease<Tunnel>, inner: &PeerStanding) -> bool {
+        lease.connection().peer_standing().is_revoked() || inner.is_revoked()
+    }
 }
 
 /// The accounts of a connection: ours, and the destination's if that is served by this process without a tunnel.
@@ -73,8 +88,16 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
 async fn relay(leg: Leg, upstream: Upstream, accounts: &Accounts) -> Result<(), Failure> {
     match upstream {
         Upstream::Tcp(upstream) => relay::between_tcp(leg, upstream, accounts).await?,
-        Upstream::Tunnel(stream, _lease) => {
-            relay::through_tunnel(leg, End::Client, stream, accounts).await?;
+        Upstream::Tunnel(Stream {
+            stream,
+            lease,
+            inner,
+        }) => {
+            let relayed = relay::through_tunnel(leg, End::Client, stream, accounts).await;
+            relayed.map_err(|error| match Stream::is_revoked(&lease, &inner) {
+                true => Failure::TunnelRevoked,
+                false => error.into(),
+            })?;
         }
     }
     Ok(())
@@ -233,7 +256,11 @@ async fn connect(
             let (stream, lease) =
                 open_stream(attachment, &key, &destination.authority, headers).await?;
             note_stream(accounts, &lease, &stream);
-            Ok(Upstream::Tunnel(stream, lease))
+            Ok(Upstream::Tunnel(Stream {
+                stream,
+                lease,
+                inner: PeerStanding::default(),
+            }))
         }
         Way::Nested { gateway, expected } => {
             let key = pool_key(attachment, source, to, gateway);
@@ -241,8 +268,13 @@ async fn connect(
             let (outer, lease) =
                 open_stream(attachment, &key, &destination.authority, headers).await?;
             note_stream(accounts, &lease, &outer);
-            let stream = open_nested(attachment, source, destination, expected, outer).await?;
-            Ok(Upstream::Tunnel(stream, lease))
+            let (stream, inner) =
+                open_nested(attachment, source, destination, expected, outer).await?;
+            Ok(Upstream::Tunnel(Stream {
+                stream,
+                lease,
+                inner,
+            }))
         }
         Way::HandOver(pod) => {
             let peer = Some(&source.identity);
@@ -290,13 +322,12 @@ async fn open_nested(
     destination: &Destination,
     expected: &[Identity],
     outer: HboneStream,
-) -> Result<HboneStream, Failure> {
+) -> Result<(HboneStream, PeerStanding), Failure> {
     let config = &attachment.core.config;
     let tunnel = async {
         let certificate = attachment.core.certificates.get(&source.identity).await?;
-        let tls = certificate.client_config(expected);
-        let io = StreamIo::new(outer);
-        Tunnel::open(io, destination.endpoint, tls, &config.hbone).await
+        let (io, peer) = (StreamIo::new(outer), destination.endpoint);
+        Tunnel::open(io, peer, &certificate, expected, &config.hbone).await
     };
     let tunnel = tunnel
         .await
@@ -307,7 +338,7 @@ async fn open_nested(
     let stream = tunnel
         .connect(&destination.authority, headers, limit)
         .await?;
-    Ok(stream)
+    Ok((stream, tunnel.peer_standing().clone()))
 }
 
 /// A stream in a pooled tunnel. A tunnel that turns out to be going away, or was dead when it was found in the pool, is
@@ -361,9 +392,10 @@ async fn open_tunnel(
     let certificate = attachment.core.certificates.get(&key.source).await?;
     let who = OnBehalfOf::LocalWorkload(key.source_address);
     let tcp = attachment.dial(key.destination, who).await?;
-    let tls = certificate.client_config(&key.expected);
     let local = tcp.local_addr();
-    let mut tunnel = Tunnel::open(tcp, key.destination, tls, &attachment.core.config.hbone).await?;
+    let hbone = &attachment.core.config.hbone;
+    let (to, expected) = (key.destination, &key.expected);
+    let mut tunnel = Tunnel::open(tcp, to, &certificate, expected, hbone).await?;
     if let Ok(local) = local {
         tunnel = tunnel.made_of(local, key.destination);
     }

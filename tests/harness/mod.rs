@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test program uses another part")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod authority;
 pub mod guardian;
 pub mod observe;
 pub mod state;

@@ -87,6 +87,7 @@ impl Tap {
         assert_eq!(capture.beyond_gaps, 0, "{}: bytes beyond gaps", self.label);
         Wire {
             label: self.label,
+            file: self.file,
             capture,
         }
     }
@@ -95,6 +96,8 @@ impl Tap {
 /// What was on a device.
 pub struct Wire {
     pub label: String,
+    /// The packets, in pcap form.
+    pub file: PathBuf,
     pub capture: Capture,
 }
 

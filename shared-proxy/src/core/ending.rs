@@ -7,7 +7,7 @@ use super::DialError;
 use crate::capture::Refusal;
 use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, TunnelError};
-use crate::identity::CaError;
+use crate::identity::{CaError, Identity, is_revocation};
 use crate::relay::RelayError;
 use crate::state::policy::Verdict;
 use crate::telemetry::{ConnectionError, ResponseFlag};
@@ -47,6 +47,10 @@ pub(crate) enum Failure {
     Tunnel(Arc<TunnelError>),
     #[error("opening the tunnel was abandoned")]
     TunnelAbandoned,
+    #[error("the certificate of the tunnel's peer, {0}, was revoked")]
+    PeerRevoked(Identity),
+    #[error("the certificate of the tunnel's peer was revoked")]
+    TunnelRevoked,
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error(transparent)]
@@ -65,6 +69,7 @@ impl Failure {
             | Self::Relay(_)
             | Self::Cut => ResponseFlag::None,
             Self::Denied(_) => ResponseFlag::Denied,
+            Self::PeerRevoked(_) | Self::TunnelRevoked => ResponseFlag::CertificateRevoked,
             Self::Identity(_) | Self::Certificate(_) => ResponseFlag::IdentityError,
             Self::Dial(_)
             | Self::UnknownWorkload { .. }
@@ -79,6 +84,9 @@ impl Failure {
                 TunnelError::Certificate(_) => ResponseFlag::IdentityError,
                 TunnelError::Dial(DialError::TimedOut { .. }) => ResponseFlag::NetworkPolicy,
                 TunnelError::Dial(_) => ResponseFlag::Connect,
+                TunnelError::Tls(_, error) if is_revocation(error) => {
+                    ResponseFlag::CertificateRevoked
+                }
                 TunnelError::Tls(..) => ResponseFlag::TlsFailure,
                 TunnelError::NotHttp2(_)
                 | TunnelError::Http2(..)

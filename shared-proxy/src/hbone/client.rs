@@ -13,7 +13,6 @@ use futures_util::task::noop_waker_ref;
 use h2::Reason;
 use h2::client::SendRequest;
 use http::{HeaderMap, Method, Request, StatusCode, Uri};
-use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
@@ -23,7 +22,10 @@ use super::authority::Authority;
 use super::liveness::until_dead;
 use super::stream::HboneStream;
 use crate::core::DialError;
-use crate::identity::{ALPN_H2, CaError};
+use crate::identity::revocation::until_revoked;
+use crate::identity::{
+    ALPN_H2, CaError, Identity, PeerRole, PeerStanding, PeerWatch, WorkloadCertificate,
+};
 use crate::pool::Multiplexed;
 use crate::telemetry::TunnelLeg;
 use crate::tls_stream::TlsStream;
@@ -33,6 +35,7 @@ use crate::tls_stream::TlsStream;
 pub struct Tunnel {
     requests: SendRequest<Bytes>,
     closed: Arc<AtomicBool>,
+    standing: PeerStanding,
     tls_handshake: Duration,
     /// Our end and the peer's.
     ends: Option<(SocketAddr, SocketAddr)>,
@@ -119,19 +122,21 @@ impl Multiplexed for Tunnel {
 }
 
 impl Tunnel {
-    /// Makes a tunnel of a connection to `peer`: TCP, or a stream of another tunnel. Whom to accept there is in `tls`.
+    /// Makes a tunnel of a connection to `peer`: TCP, or a stream of another tunnel. We prove who we are with `certificate`,
+    /// and the peer has to be one of `expected`.
     ///
     /// # Errors
     /// Everything but [`TunnelError::Certificate`] and [`TunnelError::Dial`].
     pub async fn open<T: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         io: T,
         peer: SocketAddr,
-        tls: Arc<ClientConfig>,
+        certificate: &WorkloadCertificate,
+        expected: &[Identity],
         config: &HboneConfig,
     ) -> Result<Self, TunnelError> {
         timeout(
             config.handshake_timeout,
-            Self::handshake(io, peer, tls, config),
+            Self::handshake(io, peer, certificate, expected, config),
         )
         .await
         .map_err(|_| TunnelError::HandshakeTimedOut(peer, config.handshake_timeout))?
@@ -140,19 +145,21 @@ impl Tunnel {
     async fn handshake<T: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         io: T,
         peer: SocketAddr,
-        tls: Arc<ClientConfig>,
+        certificate: &WorkloadCertificate,
+        expected: &[Identity],
         config: &HboneConfig,
     ) -> Result<Self, TunnelError> {
         // An address as server name sends no SNI; whether the name fits is not asked either.
         let name = ServerName::IpAddress(peer.ip().into());
         let began = Instant::now();
-        let tls = TlsStream::connect(io, tls, name)
+        let tls = TlsStream::connect(io, certificate.client_config(expected), name)
             .await
             .map_err(|error| TunnelError::Tls(peer, error))?;
         let tls_handshake = began.elapsed();
         if tls.alpn_protocol() != Some(ALPN_H2) {
             return Err(TunnelError::NotHttp2(peer));
         }
+        let watch = certificate.watch_peer(PeerRole::Server, tls.peer_certificates());
         let (requests, connection) = config
             .client_builder()
             .handshake(tls)
@@ -161,10 +168,17 @@ impl Tunnel {
         let closed = Arc::new(AtomicBool::new(false));
         // Boxed: a future keeps room for each place that a value was moved through.
         let connection = Box::new(connection);
-        tokio::spawn(drive(connection, closed.clone(), config.clone(), peer));
+        let standing = watch.as_ref().map(PeerWatch::standing).unwrap_or_default();
+        let driven = Driven {
+            closed: closed.clone(),
+            watch,
+            peer,
+        };
+        tokio::spawn(drive(connection, driven, config.clone()));
         Ok(Self {
             requests,
             closed,
+            standing,
             tls_handshake,
             ends: None,
         })
@@ -185,6 +199,11 @@ impl Tunnel {
             server,
             stream: stream.recv.stream_id().as_u32(),
         })
+    }
+
+    /// Whether it ended because the peer's certificate was revoked.
+    pub fn peer_standing(&self) -> &PeerStanding {
+        &self.standing
     }
 
     /// How long its TLS handshake took.
@@ -245,18 +264,33 @@ impl Tunnel {
     }
 }
 
-/// Runs a connection until it ends or its peer is dead. Its streams fail with it.
+/// What the task that runs a connection knows of it.
+struct Driven {
+    closed: Arc<AtomicBool>,
+    watch: Option<PeerWatch>,
+    peer: SocketAddr,
+}
+
+/// Runs a connection until it ends, its peer is dead, or the peer's certificate is revoked. Its streams fail with it.
 async fn drive<T: AsyncRead + AsyncWrite + Unpin>(
     mut connection: Box<h2::client::Connection<TlsStream<T>, Bytes>>,
-    closed: Arc<AtomicBool>,
+    driven: Driven,
     config: HboneConfig,
-    peer: SocketAddr,
 ) {
+    let Driven {
+        closed,
+        watch: peer_watch,
+        peer,
+    } = driven;
     let pings = connection.ping_pong();
     let result = tokio::select! {
         result = &mut connection => result,
         () = watch(pings, &config) => {
             tracing::warn!(%peer, "the tunnel's peer does not answer PINGs; closing the tunnel");
+            Ok(())
+        }
+        () = until_revoked(peer_watch.as_ref()) => {
+            tracing::warn!(%peer, "the certificate of the tunnel's peer was revoked; closing the tunnel");
             Ok(())
         }
     };

@@ -21,7 +21,11 @@ use super::{BAGGAGE, FORWARDED, FORWARDED_NETWORK};
 use crate::capture::{Captured, ClientAddr, LocalWorkload, OrigDstAddr, Refusal, Role};
 use crate::core::{Attachment, Failure};
 use crate::drain::Signal;
-use crate::identity::{ALPN_H2, CaError, Identity, PeerError, peer_identity};
+use crate::identity::revocation::until_revoked;
+use crate::identity::{
+    ALPN_H2, CaError, Identity, PeerError, PeerRole, PeerStanding, PeerWatch, is_revocation,
+    peer_identity,
+};
 use crate::inbound::{Arrival, Arrived, Claims, arrive};
 use crate::relay::{self, End, RelayError};
 use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step, TunnelLeg};
@@ -60,6 +64,7 @@ impl From<TunnelFailure> for ConnectionError {
             TunnelFailure::Identity(_) | TunnelFailure::Certificate(_) => {
                 ResponseFlag::IdentityError
             }
+            TunnelFailure::Tls(error) if is_revocation(error) => ResponseFlag::CertificateRevoked,
             TunnelFailure::Tls(_)
             | TunnelFailure::Peer(_)
             | TunnelFailure::ForeignTrustDomain { .. } => ResponseFlag::TlsFailure,
@@ -79,6 +84,17 @@ struct Session {
     local: SocketAddr,
     pod: LocalWorkload,
     peer: Identity,
+    standing: PeerStanding,
+}
+
+impl Session {
+    /// Why a stream ended early: a tunnel that is closed breaks its streams.
+    fn failure(&self, error: RelayError) -> Failure {
+        if self.standing.is_revoked() {
+            return Failure::PeerRevoked(self.peer.clone());
+        }
+        error.into()
+    }
 }
 
 /// Why a stream is turned away, in HTTP's words.
@@ -100,7 +116,9 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
         () = signal.cut() => return,
     };
     match established {
-        Ok((connection, session)) => run(connection, Arc::new(session), signal).await,
+        Ok((connection, session, watch)) => {
+            run(connection, Arc::new(session), watch, signal).await;
+        }
         Err(failure) => attachment.core.telemetry.refused(
             Direction::Inbound,
             attachment.scope.id().capture_mode,
@@ -116,7 +134,7 @@ async fn establish(
     tcp: TcpStream,
     client: ClientAddr,
     dst: Result<OrigDstAddr, Refusal>,
-) -> Result<(Connection, Session), TunnelFailure> {
+) -> Result<(Connection, Session, Option<PeerWatch>), TunnelFailure> {
     let dst = dst?;
     let pod = attachment.scope.owner(Role::InboundHbone, client, dst)?;
     let identity = attachment
@@ -139,6 +157,7 @@ async fn establish(
     if tls.alpn_protocol() != Some(ALPN_H2) {
         return Err(TunnelFailure::NotHttp2);
     }
+    let watch = certificate.watch_peer(PeerRole::Client, tls.peer_certificates());
     let builder = attachment.core.config.hbone.server_builder();
     let connection = builder.handshake(tls).await.map_err(TunnelFailure::Http2)?;
     let connection = Box::new(connection);
@@ -148,11 +167,17 @@ async fn establish(
         local: dst.0,
         pod,
         peer,
+        standing: watch.as_ref().map(PeerWatch::standing).unwrap_or_default(),
     };
-    Ok((connection, session))
+    Ok((connection, session, watch))
 }
 
-async fn run(mut connection: Connection, session: Arc<Session>, signal: Signal) {
+async fn run(
+    mut connection: Connection,
+    session: Arc<Session>,
+    peer_watch: Option<PeerWatch>,
+    signal: Signal,
+) {
     let peer = &session.peer;
     let config = session.attachment.core.config.hbone.clone();
     let pings = connection.ping_pong();
@@ -185,6 +210,13 @@ async fn run(mut connection: Connection, session: Arc<Session>, signal: Signal) 
                 tracing::warn!(
                     client = %session.client, %peer,
                     "the tunnel's peer does not answer PINGs; closing the tunnel"
+                );
+                return;
+            }
+            () = until_revoked(peer_watch.as_ref()) => {
+                tracing::warn!(
+                    client = %session.client, %peer,
+                    "the certificate of the tunnel's peer was revoked; closing the tunnel"
                 );
                 return;
             }
@@ -239,12 +271,12 @@ async fn stream(
             let stream = HboneStream { send, recv };
             tokio::select! {
                 result = relay::through_tunnel(application, End::Application, stream, &record) => {
-                    result.map_err(Failure::from)
+                    result.map_err(|error| session.failure(error))
                 }
                 () = signal.cut() => Err(admitted.cut()),
             }
         }
-        Err(error) => Err(RelayError::Tunnel(error).into()),
+        Err(error) => Err(session.failure(RelayError::Tunnel(error))),
     };
     record.finish(result.map_err(Into::into));
 }

@@ -13,8 +13,9 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::verify::{ClientIdentityVerifier, ServerIdentityVerifier};
-use super::{Identity, PeerError, peer_identity, provider};
+use super::key_log::KeyLogFile;
+use super::verify::{Checks, ClientIdentityVerifier, ServerIdentityVerifier};
+use super::{Identity, PeerError, PeerRole, PeerWatch, Revocations, peer_identity, provider};
 
 /// The application protocol of HBONE: HTTP/2.
 pub const ALPN_H2: &[u8] = b"h2";
@@ -48,6 +49,15 @@ pub enum CertificateError {
     Roots(Identity, #[source] VerifierBuilderError),
 }
 
+/// What the TLS configurations of a process have in common beside their certificates.
+#[derive(Debug, Clone, Default)]
+pub struct TlsOptions {
+    /// Peers whose certificates are revoked are refused, and their tunnels end.
+    pub revocations: Option<Arc<Revocations>>,
+    /// Where the secrets of sessions are written. For debugging only.
+    pub key_log: Option<Arc<KeyLogFile>>,
+}
+
 /// A certificate that proves one identity, with its key and the roots that its holder trusts.
 ///
 /// TLS 1.3 only, ALPN `h2`, both sides prove themselves. No session is ever resumed and no ticket sent: a resumed session
@@ -56,6 +66,7 @@ pub struct WorkloadCertificate {
     identity: Identity,
     certified: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
+    options: TlsOptions,
     not_before: SystemTime,
     not_after: SystemTime,
     serial: String,
@@ -91,13 +102,13 @@ impl WorkloadCertificate {
         }
         let root_certificates = roots;
         let roots = Arc::new(store);
-        let server = Arc::new(server_config(&identity, &certified, &roots)?);
-        let client = client_config(&certified, &roots)
-            .map_err(|e| CertificateError::Tls(identity.clone(), e))?;
+        let options = TlsOptions::default();
+        let (server, client) = configs(&identity, &certified, &roots, &options)?;
         Ok(Self {
             identity,
             certified,
             roots,
+            options,
             not_before,
             not_after,
             serial,
@@ -106,6 +117,32 @@ impl WorkloadCertificate {
             client,
             clients: Mutex::default(),
         })
+    }
+
+    /// The same certificate, used with these options.
+    ///
+    /// # Errors
+    /// The configuration is refused.
+    pub fn with_options(self, options: &TlsOptions) -> Result<Self, CertificateError> {
+        let (server, client) = configs(&self.identity, &self.certified, &self.roots, options)?;
+        Ok(Self {
+            server,
+            client,
+            clients: Mutex::default(),
+            options: options.clone(),
+            ..self
+        })
+    }
+
+    /// Watches the certificates of a peer whose handshake with one of the configurations made here is done, where
+    /// revocation is known of.
+    pub fn watch_peer(
+        &self,
+        role: PeerRole,
+        chain: Option<&[CertificateDer<'static>]>,
+    ) -> Option<PeerWatch> {
+        let revocations = self.options.revocations.as_ref()?;
+        Some(revocations.watch(role, chain?, &self.roots))
     }
 
     /// Whom it proves.
@@ -164,8 +201,7 @@ impl WorkloadCertificate {
         config
             .dangerous()
             .set_certificate_verifier(Arc::new(ServerIdentityVerifier::new(
-                provider(),
-                Arc::clone(&self.roots),
+                Checks::new(&self.roots, &self.options),
                 Arc::clone(&expected),
             )));
         let config = Arc::new(config);
@@ -185,13 +221,30 @@ impl fmt::Debug for WorkloadCertificate {
     }
 }
 
-fn server_config(
+fn configs(
     identity: &Identity,
     certified: &Arc<CertifiedKey>,
     roots: &Arc<RootCertStore>,
+    options: &TlsOptions,
+) -> Result<(Arc<ServerConfig>, ClientConfig), CertificateError> {
+    let checks = Checks::new(roots, options);
+    let mut server = server_config(identity, certified, checks.clone())?;
+    let mut client =
+        client_config(certified, checks).map_err(|e| CertificateError::Tls(identity.clone(), e))?;
+    if let Some(key_log) = &options.key_log {
+        server.key_log = Arc::<KeyLogFile>::clone(key_log);
+        client.key_log = Arc::<KeyLogFile>::clone(key_log);
+    }
+    Ok((Arc::new(server), client))
+}
+
+fn server_config(
+    identity: &Identity,
+    certified: &Arc<CertifiedKey>,
+    checks: Checks,
 ) -> Result<ServerConfig, CertificateError> {
     let trust_domain = Arc::clone(identity.trust_domain());
-    let verifier = ClientIdentityVerifier::new(provider(), Arc::clone(roots), trust_domain)
+    let verifier = ClientIdentityVerifier::new(checks, trust_domain)
         .map_err(|e| CertificateError::Roots(identity.clone(), e))?;
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
@@ -206,10 +259,10 @@ fn server_config(
 
 fn client_config(
     certified: &Arc<CertifiedKey>,
-    roots: &Arc<RootCertStore>,
+    checks: Checks,
 ) -> Result<ClientConfig, rustls::Error> {
     let nobody: Arc<[Identity]> = Arc::new([]);
-    let verifier = ServerIdentityVerifier::new(provider(), Arc::clone(roots), nobody);
+    let verifier = ServerIdentityVerifier::new(checks, nobody);
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()

@@ -18,18 +18,18 @@ use rustls::{
 
 use super::*;
 
-const ALICE: &str = "spiffe://cluster.local/ns/shop/sa/alice";
-const BOB: &str = "spiffe://cluster.local/ns/shop/sa/bob";
+pub(super) const ALICE: &str = "spiffe://cluster.local/ns/shop/sa/alice";
+pub(super) const BOB: &str = "spiffe://cluster.local/ns/shop/sa/bob";
 const STRANGER: &str = "spiffe://other.example/ns/shop/sa/alice";
 
 /// A CA that signs anything.
-struct TestCa {
-    issuer: Issuer<'static, KeyPair>,
-    root: CertificateDer<'static>,
+pub(super) struct TestCa {
+    pub(super) issuer: Issuer<'static, KeyPair>,
+    pub(super) root: CertificateDer<'static>,
 }
 
 impl TestCa {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -41,14 +41,23 @@ impl TestCa {
     }
 
     /// A leaf with these URI SANs and a DNS SAN, valid from a minute ago until `expires`.
-    fn leaf(
+    pub(super) fn leaf(
         &self,
         uris: &[&str],
         expires: SystemTime,
     ) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
+        self.leaf_from(uris, SystemTime::now() - Duration::from_secs(60), expires)
+    }
+
+    fn leaf_from(
+        &self,
+        uris: &[&str],
+        begins: SystemTime,
+        expires: SystemTime,
+    ) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
         let mut params = CertificateParams::default();
-        params.not_before = (SystemTime::now() - Duration::from_secs(60)).into();
+        params.not_before = begins.into();
         params.not_after = expires.into();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::DnsName("peer.example".try_into().unwrap())];
@@ -61,7 +70,7 @@ impl TestCa {
         (leaf, PrivateKeyDer::from(key))
     }
 
-    fn certificate(&self, identity: &str) -> WorkloadCertificate {
+    pub(super) fn certificate(&self, identity: &str) -> WorkloadCertificate {
         let (leaf, key) = self.leaf(&[identity], in_an_hour());
         let roots = vec![self.root.clone()];
         WorkloadCertificate::new(id(identity), vec![leaf], key, roots).unwrap()
@@ -75,23 +84,23 @@ impl TestCa {
     }
 }
 
-fn in_an_hour() -> SystemTime {
+pub(super) fn in_an_hour() -> SystemTime {
     SystemTime::now() + Duration::from_secs(3600)
 }
 
-fn id(text: &str) -> Identity {
+pub(super) fn id(text: &str) -> Identity {
     text.parse().unwrap()
 }
 
-struct Outcome {
+pub(super) struct Outcome {
     client: ClientConnection,
     server: ServerConnection,
-    client_result: Result<(), Error>,
-    server_result: Result<(), Error>,
+    pub(super) client_result: Result<(), Error>,
+    pub(super) server_result: Result<(), Error>,
 }
 
 /// Passes bytes to and fro until both sides have nothing left to say.
-fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
+pub(super) fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
     let name = ServerName::from(std::net::IpAddr::from([127, 0, 0, 1]));
     let mut outcome = Outcome {
         client: ClientConnection::new(client, name).unwrap(),
@@ -123,12 +132,12 @@ fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
 }
 
 impl Outcome {
-    fn established(&self) -> bool {
+    pub(super) fn established(&self) -> bool {
         let open = !self.client.is_handshaking() && !self.server.is_handshaking();
         open && self.client_result.is_ok() && self.server_result.is_ok()
     }
 
-    fn client_error(&self) -> String {
+    pub(super) fn client_error(&self) -> String {
         assert!(
             self.server.is_handshaking(),
             "the server took the connection"
@@ -136,7 +145,7 @@ impl Outcome {
         self.client_result.as_ref().unwrap_err().to_string()
     }
 
-    fn server_error(&self) -> String {
+    pub(super) fn server_error(&self) -> String {
         assert!(
             self.server.is_handshaking(),
             "the server took the connection"
@@ -289,6 +298,60 @@ fn an_expired_leaf_is_refused_by_both_sides() {
     client.client_auth_cert_resolver = ca.presenter(&[ALICE], a_while_ago);
     let error = handshake(Arc::new(client), bob.server_config()).server_error();
     assert!(error.contains("expired"), "server: {error}");
+}
+
+#[test]
+fn a_leaf_that_is_not_valid_yet_is_refused_by_both_sides() {
+    let ca = TestCa::new();
+    let (alice, bob) = (ca.certificate(ALICE), ca.certificate(BOB));
+    let presenter = |uri: &str| {
+        let begins = SystemTime::now() + Duration::from_secs(1800);
+        let (leaf, key) = ca.leaf_from(&[uri], begins, in_an_hour());
+        let key = CertifiedKey::from_der(vec![leaf], key, &provider()).unwrap();
+        Arc::new(SingleCertAndKey::from(key))
+    };
+
+    let mut server = ServerConfig::clone(&bob.server_config());
+    server.cert_resolver = presenter(BOB);
+    let error = handshake(alice.client_config(&[id(BOB)]), Arc::new(server)).client_error();
+    assert!(error.contains("not valid yet"), "client: {error}");
+
+    let mut client = ClientConfig::clone(&alice.client_config(&[id(BOB)]));
+    client.client_auth_cert_resolver = presenter(ALICE);
+    let error = handshake(Arc::new(client), bob.server_config()).server_error();
+    assert!(error.contains("not valid yet"), "server: {error}");
+}
+
+/// While a root is replaced, whoever has a certificate of the old one and whoever has one of the other trust both; so
+/// does who was renewed already and trusts the old one still.
+#[test]
+fn peers_go_on_while_the_root_is_rotated() {
+    let (old, young) = (TestCa::new(), TestCa::new());
+    let certificate = |ca: &TestCa, identity: &str, trusted: &[&TestCa]| {
+        let (leaf, key) = ca.leaf(&[identity], in_an_hour());
+        let roots = trusted.iter().map(|ca| ca.root.clone()).collect();
+        WorkloadCertificate::new(id(identity), vec![leaf], key, roots).unwrap()
+    };
+    let both = [&old, &young];
+    for (of_alice, of_bob) in [
+        (&old, &old),
+        (&old, &young),
+        (&young, &old),
+        (&young, &young),
+    ] {
+        let alice = certificate(of_alice, ALICE, &both);
+        let bob = certificate(of_bob, BOB, &both);
+        let done = handshake(alice.client_config(&[id(BOB)]), bob.server_config());
+        assert!(done.established());
+    }
+    let late = certificate(&old, ALICE, &[&old]);
+    let bob = certificate(&young, BOB, &both);
+    let done = handshake(late.client_config(&[id(BOB)]), bob.server_config());
+    let error = done.client_error();
+    assert!(
+        error.contains("invalid peer certificate"),
+        "who has not heard of the other root: {error}"
+    );
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Keeps the certificates of the identities served here fresh.
 
+mod requests;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,10 +10,11 @@ use std::time::{Duration, SystemTime};
 use rand::Rng;
 use rustls::pki_types::CertificateDer;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
-use super::{CaError, CertificateAuthority, Identity, WorkloadCertificate};
+use super::{CaError, CertificateAuthority, Identity, TlsOptions, WorkloadCertificate};
+use requests::{Demand, Requests};
 
 /// When certificates are renewed and failed requests repeated. The defaults are the field's.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,7 +30,8 @@ pub struct RefreshPolicy {
     pub retry_longest: Duration,
     /// The wait after a failure moves randomly by up to this part.
     pub retry_jitter: f64,
-    /// Requests in progress at one time, over all identities.
+    /// Requests in progress at one time, over all identities. Of those that wait, the one goes first whose certificate a
+    /// connection waits for, then those for identities that have none, and renewals last.
     pub concurrent: usize,
 }
 
@@ -80,8 +84,9 @@ pub struct Certificates {
 /// What the background tasks need.
 struct Shared {
     ca: Arc<dyn CertificateAuthority>,
+    options: TlsOptions,
     policy: RefreshPolicy,
-    requests: Semaphore,
+    requests: Arc<Requests>,
 }
 
 /// One identity: its task and what the task has achieved.
@@ -89,6 +94,7 @@ struct Kept {
     progress: watch::Receiver<Progress>,
     /// Ends a wait of the task.
     hurry: Arc<Notify>,
+    demand: Arc<Demand>,
     task: AbortHandle,
 }
 
@@ -136,10 +142,23 @@ impl Certificates {
     /// # Panics
     /// Outside a Tokio runtime.
     pub fn new(ca: Arc<dyn CertificateAuthority>, policy: RefreshPolicy) -> Self {
+        Self::with_options(ca, policy, TlsOptions::default())
+    }
+
+    /// As [`new`](Self::new); every certificate is used with these options.
+    ///
+    /// # Panics
+    /// Outside a Tokio runtime.
+    pub fn with_options(
+        ca: Arc<dyn CertificateAuthority>,
+        policy: RefreshPolicy,
+        options: TlsOptions,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 ca,
-                requests: Semaphore::new(policy.concurrent.max(1)),
+                options,
+                requests: Requests::new(policy.concurrent),
                 policy,
             }),
             runtime: Handle::current(),
@@ -150,13 +169,17 @@ impl Certificates {
     /// The certificate of an identity: at once if there is one in force, else when the CA has answered. While requests
     /// to the CA fail, the last failure is returned without waiting for the next one.
     pub async fn get(&self, identity: &Identity) -> Result<Arc<WorkloadCertificate>, CaError> {
-        let (mut progress, hurry) = {
+        let (mut progress, hurry, _waiting) = {
             let mut kept = self.lock();
             let entry = self.entry(&mut kept, identity);
             if let Answer::Ready(answer) = entry.progress.borrow().answer() {
                 return answer;
             }
-            (entry.progress.clone(), Arc::clone(&entry.hurry))
+            (
+                entry.progress.clone(),
+                Arc::clone(&entry.hurry),
+                entry.demand.wait(),
+            )
         };
         loop {
             match progress.borrow_and_update().answer() {
@@ -213,11 +236,18 @@ impl Certificates {
     fn start(&self, identity: &Identity) -> Kept {
         let (sender, progress) = watch::channel(Progress::default());
         let hurry = Arc::new(Notify::new());
-        let shared = Arc::clone(&self.shared);
-        let task = keep_fresh(shared, identity.clone(), sender, Arc::clone(&hurry));
+        let demand = Arc::new(Demand::default());
+        let watched = Watched {
+            identity: identity.clone(),
+            progress: sender,
+            hurry: Arc::clone(&hurry),
+            demand: Arc::clone(&demand),
+        };
+        let task = keep_fresh(Arc::clone(&self.shared), watched);
         Kept {
             progress,
             hurry,
+            demand,
             task: self.runtime.spawn(task).abort_handle(),
         }
     }
@@ -232,23 +262,33 @@ impl fmt::Debug for Certificates {
     }
 }
 
-/// Requests, waits, requests again, until aborted.
-async fn keep_fresh(
-    shared: Arc<Shared>,
+/// What the task of one identity shares with those who ask for its certificate.
+struct Watched {
     identity: Identity,
     progress: watch::Sender<Progress>,
     hurry: Arc<Notify>,
-) {
+    demand: Arc<Demand>,
+}
+
+/// Requests, waits, requests again, until aborted.
+async fn keep_fresh(shared: Arc<Shared>, watched: Watched) {
+    let Watched {
+        identity,
+        progress,
+        hurry,
+        demand,
+    } = watched;
     let mut failures: u32 = 0;
     loop {
         let issued = {
-            // Never closed, so a missing permit means only that nothing limits the request.
-            let _permit = shared.requests.acquire().await.ok();
-            shared.ca.issue(&identity).await.and_then(in_force)
+            let _turn = shared.requests.turn(&demand).await;
+            let issued = shared.ca.issue(&identity).await;
+            issued.and_then(|certificate| usable(certificate, &shared.options))
         };
         let wait = match issued {
             Ok(certificate) => {
                 failures = 0;
+                demand.serve();
                 let left = left(certificate.expires());
                 let wait = shared.policy.renewal(left);
                 tracing::debug!(%identity, serial = certificate.serial_hex(), renew_in = ?wait, "certificate issued");
@@ -274,16 +314,23 @@ async fn keep_fresh(
 }
 
 /// A certificate that has run out before it arrived is a failure: taken for a success it would be asked for again at once.
-fn in_force(certificate: WorkloadCertificate) -> Result<WorkloadCertificate, CaError> {
+fn usable(
+    certificate: WorkloadCertificate,
+    options: &TlsOptions,
+) -> Result<WorkloadCertificate, CaError> {
+    let identity = certificate.identity().clone();
+    let failed = |reason: &str| CaError::Failed {
+        identity,
+        reason: reason.into(),
+    };
     if certificate.is_expired() {
-        return Err(CaError::Failed {
-            identity: certificate.identity().clone(),
-            reason:
-                "the CA answered with a certificate that has already expired: check both clocks"
-                    .into(),
-        });
+        let reason =
+            "the CA answered with a certificate that has already expired: check both clocks";
+        return Err(failed(reason));
     }
-    Ok(certificate)
+    certificate
+        .with_options(options)
+        .map_err(|error| failed(&error.to_string()))
 }
 
 fn left(expires: SystemTime) -> Duration {

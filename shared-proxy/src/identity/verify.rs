@@ -1,5 +1,5 @@
-//! The checks of a peer: its certificate chains to the roots, and its one URI SAN is an identity that is acceptable.
-//! DNS names play no part.
+//! The checks of a peer: its certificate chains to the roots, its one URI SAN is an identity that is acceptable, and
+//! nothing of the chain is revoked. DNS names play no part.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, VerifierBuilderError, WebPkiClientVerifier};
@@ -18,7 +18,8 @@ use rustls::{
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::{Identity, InvalidIdentity};
+use super::revocation::{PeerRole, Revocations};
+use super::{Identity, InvalidIdentity, TlsOptions, provider};
 
 /// Why a peer's certificate is not accepted although it chains to a root.
 #[derive(Clone, PartialEq, Eq, thiserror::Error)]
@@ -71,6 +72,15 @@ impl PeerError {
             _ => None,
         }
     }
+}
+
+/// Whether a TLS handshake ended because the peer's certificate is revoked.
+pub fn is_revocation(error: &io::Error) -> bool {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+    matches!(
+        tls,
+        Some(Error::InvalidCertificate(CertificateError::Revoked))
+    )
 }
 
 fn list(identities: &[Identity]) -> String {
@@ -126,25 +136,51 @@ fn identity_of(leaf: &CertificateDer<'_>) -> Result<Identity, PeerError> {
     }
 }
 
+/// What both sides check a peer's chain with.
+#[derive(Debug, Clone)]
+pub(super) struct Checks {
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    revocations: Option<Arc<Revocations>>,
+}
+
+impl Checks {
+    pub(super) fn new(roots: &Arc<RootCertStore>, options: &TlsOptions) -> Self {
+        Self {
+            provider: provider(),
+            roots: Arc::clone(roots),
+            revocations: options.revocations.clone(),
+        }
+    }
+
+    fn revocation(
+        &self,
+        role: PeerRole,
+        who: &Identity,
+        chain: (&CertificateDer<'_>, &[CertificateDer<'_>]),
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        match &self.revocations {
+            Some(revocations) => revocations.check(role, who, chain, &self.roots, now),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Client side: the server must prove one of the expected identities.
 #[derive(Debug)]
 pub(super) struct ServerIdentityVerifier {
-    provider: Arc<CryptoProvider>,
-    roots: Arc<RootCertStore>,
+    checks: Checks,
     expected: Arc<[Identity]>,
 }
 
 impl ServerIdentityVerifier {
-    pub(super) fn new(
-        provider: Arc<CryptoProvider>,
-        roots: Arc<RootCertStore>,
-        expected: Arc<[Identity]>,
-    ) -> Self {
-        Self {
-            provider,
-            roots,
-            expected,
-        }
+    pub(super) fn new(checks: Checks, expected: Arc<[Identity]>) -> Self {
+        Self { checks, expected }
+    }
+
+    fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
+        &self.checks.provider.signature_verification_algorithms
     }
 }
 
@@ -159,10 +195,10 @@ impl ServerCertVerifier for ServerIdentityVerifier {
     ) -> Result<ServerCertVerified, Error> {
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
-            &self.roots,
+            &self.checks.roots,
             intermediates,
             now,
-            self.provider.signature_verification_algorithms.all,
+            self.algorithms().all,
         )?;
         let got = identity_of(end_entity)?;
         if !self.expected.contains(&got) {
@@ -172,6 +208,8 @@ impl ServerCertVerifier for ServerIdentityVerifier {
             }
             .into());
         }
+        let chain = (end_entity, intermediates);
+        self.checks.revocation(PeerRole::Server, &got, chain, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -190,13 +228,11 @@ impl ServerCertVerifier for ServerIdentityVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, cert, dss, algorithms)
+        verify_tls13_signature(message, cert, dss, self.algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        algorithms.supported_schemes()
+        self.algorithms().supported_schemes()
     }
 }
 
@@ -204,20 +240,22 @@ impl ServerCertVerifier for ServerIdentityVerifier {
 #[derive(Debug)]
 pub(super) struct ClientIdentityVerifier {
     chain: Arc<dyn ClientCertVerifier>,
+    checks: Checks,
     trust_domain: Arc<str>,
 }
 
 impl ClientIdentityVerifier {
     pub(super) fn new(
-        provider: Arc<CryptoProvider>,
-        roots: Arc<RootCertStore>,
+        checks: Checks,
         trust_domain: Arc<str>,
     ) -> Result<Self, VerifierBuilderError> {
+        let (roots, provider) = (Arc::clone(&checks.roots), Arc::clone(&checks.provider));
         let chain = WebPkiClientVerifier::builder_with_provider(roots, provider)
             .clear_root_hint_subjects()
             .build()?;
         Ok(Self {
             chain,
+            checks,
             trust_domain,
         })
     }
@@ -245,6 +283,8 @@ impl ClientCertVerifier for ClientIdentityVerifier {
             }
             .into());
         }
+        let chain = (end_entity, intermediates);
+        self.checks.revocation(PeerRole::Client, &got, chain, now)?;
         Ok(verified)
     }
 

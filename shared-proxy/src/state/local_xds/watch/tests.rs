@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
