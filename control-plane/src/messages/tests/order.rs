@@ -100,12 +100,15 @@ fn of_a_policy() {
             "52 02 bb 03",                // 10 not_destination_ports 443
             "5a 06 0a 01 6e 12 01 73",    // 11 service_accounts n/s
             "62 06 0a 01 6d 12 01 74",    // 12 not_service_accounts m/t
+            "6a 05 0a 03 657874",         // 13 extensions "ext"
         ],
-        // 13 extensions.
-        &["6a 05 0a 03 657874"],
+        &[],
     );
     assert_eq!(matched.not_source_ips[0].length, 32);
     assert_eq!(matched.service_accounts[0].service_account, "s");
+    // Its configuration (2) is for those who know the extension.
+    let configured = authorization::Match::decode(&hex("6a 09 0a 03 657874 12 02 0a 00")[..]);
+    assert_eq!(configured.unwrap().extensions, matched.extensions);
     // Ports of an encoder that does not pack them.
     let loose = authorization::Match::decode(&hex("48 50 48 bb 03")[..]).unwrap();
     assert_eq!(loose.destination_ports, [80, 443]);
