@@ -13,6 +13,7 @@ pub mod api;
 mod check;
 mod enrol;
 mod events;
+mod keeper;
 mod lock;
 mod node;
 mod pages;
@@ -22,6 +23,7 @@ pub mod removal;
 mod restore;
 mod subject;
 pub mod timings;
+pub mod verify;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -65,6 +67,8 @@ pub struct AgentConfig {
     pub health: SocketAddr,
     /// Address of the metrics page.
     pub metrics: SocketAddr,
+    /// Time between two looks at the captures of all pods; none: they are not looked at.
+    pub verify_every: Option<Duration>,
 }
 
 /// A running agent.
@@ -81,6 +85,7 @@ pub struct Agent {
     turns: enrol::Turns,
     timings: timings::Timings,
     counters: pages::Counters,
+    effects: keeper::Effects,
 }
 
 /// What stands between a pod and its enrolment.
@@ -130,6 +135,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         turns: enrol::Turns::default(),
         timings: timings::Timings::default(),
         counters: pages::Counters::default(),
+        effects: keeper::Effects::default(),
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;
@@ -151,6 +157,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ));
     let sweeper = Arc::clone(&agent);
     let sweep_task = tokio::spawn(async move { sweeper.sweep().await });
+    let keeper = agent.config.verify_every;
+    let keep_task = keeper.map(|every| tokio::spawn(Arc::clone(&agent).keep(every)));
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
     tokio::select! {
         _ = terminate.recv() => {}
@@ -163,6 +171,9 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     sweep_task.abort();
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());
+    if let Some(task) = keep_task {
+        task.abort();
+    }
     tracing::info!("agent stopped; redirects stay in place");
     Ok(())
 }

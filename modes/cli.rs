@@ -1,6 +1,6 @@
 //! The command line: one file per verb.
 //!
-//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`), 4 timed out.
+//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`), 4 timed out.
 
 mod bench;
 mod cni;
@@ -12,6 +12,7 @@ mod lab;
 mod output;
 mod plan;
 mod sources;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -48,6 +49,9 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Compare the kernel with the plans (exit code 3 when it differs)
     Diff(plan::SubjectArgs),
+    /// Prove that pods are captured: kernel objects, listeners, and a connection that goes the whole way (exit code 3 when
+    /// something is wrong)
+    Verify(verify::VerifyArgs),
     /// Remove exactly what was made for a pod, or for the whole node
     Undo(plan::UndoArgs),
     /// Print the network state of a namespace in a canonical form
@@ -93,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Get(args) => get::run(args),
         Command::Plan(args) => plan::run_plan(args),
         Command::Diff(args) => plan::run_diff(args),
+        Command::Verify(args) => verify::run(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
     };

@@ -17,7 +17,7 @@ pub fn as_commands(plan: &Plan) -> Vec<String> {
     let mut lines = Vec::new();
     let mut steps = plan.steps.as_slice();
     while let Some(first) = steps.first() {
-        let run = steps.iter().take_while(|step| is_firewall(step)).count();
+        let run = steps.iter().take_while(|step| step.is_firewall()).count();
         if run == 0 {
             lines.extend(make(first));
             steps = &steps[1..];
@@ -38,7 +38,7 @@ pub fn as_removal_commands(plan: &Plan) -> Vec<String> {
         let run = steps
             .iter()
             .rev()
-            .take_while(|step| is_firewall(step))
+            .take_while(|step| step.is_firewall())
             .count();
         let rest = if run == 0 {
             lines.push(unmake(last));
@@ -50,10 +50,6 @@ pub fn as_removal_commands(plan: &Plan) -> Vec<String> {
         steps = &steps[..rest];
     }
     lines
-}
-
-fn is_firewall(step: &Step) -> bool {
-    matches!(step, Step::Chain(_) | Step::ChainRule(_))
 }
 
 fn make(step: &Step) -> Vec<String> {

@@ -6,7 +6,8 @@
 //! would have typed ([`commands::as_commands`]). It knows no mode and no proxy.
 //!
 //! Modules, bottom up: [`netns`] (namespaces), [`netlink`] (links, addresses, rules, routes), [`ipset`], [`iptables`],
-//! [`sysctl`], then [`plan`], [`journal`], [`engine`], [`commands`], [`dump`].
+//! [`sysctl`], then [`plan`], [`journal`], [`engine`], [`commands`], [`dump`]; beside
+//! them [`watch`] (hearing of changes) and [`sockets`] (who listens).
 #![deny(unsafe_code)]
 
 pub mod commands;
@@ -19,4 +20,6 @@ pub mod netlink;
 pub mod netns;
 mod nfnetlink;
 pub mod plan;
+pub mod sockets;
 pub mod sysctl;
+pub mod watch;

@@ -77,6 +77,13 @@ pub enum Step {
     Member(Member),
 }
 
+impl Step {
+    /// Whether it is made by iptables.
+    pub fn is_firewall(&self) -> bool {
+        matches!(self, Step::Chain(_) | Step::ChainRule(_))
+    }
+}
+
 /// Kind of an overlay device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

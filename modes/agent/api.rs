@@ -7,6 +7,8 @@
 //! | `GET /v1/enrolments` | how long the steps of the last enrolments took |
 //! | `GET /v1/plan?pod=P` or `?node` | the plans with their places |
 //! | `GET /v1/diff?pod=P` or `?node` | what the kernel lacks or has too much |
+//! | `GET /v1/verify`, `?pod=P` or `?node` | everything looked at and probed now |
+//! | `GET /v1/effects` | what is wrong with each pod's capture, as last looked at |
 //! | `POST /v1/undo?pod=P` or `?node` | removes exactly that |
 
 use std::path::PathBuf;
@@ -96,14 +98,18 @@ pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
         },
         (Method::GET, "/v1/pods") => Answer::json(&agent.pods.all()),
         (Method::GET, "/v1/enrolments") => Answer::json(&agent.timings.all()),
-        (method, "/v1/plan" | "/v1/diff" | "/v1/undo") => {
+        (Method::GET, "/v1/effects") => Answer::json(&agent.effects.all()),
+        (Method::GET, "/v1/verify") if query.is_empty() => {
+            about(&agent, None, &Method::GET, path).await
+        }
+        (method, "/v1/verify" | "/v1/plan" | "/v1/diff" | "/v1/undo") => {
             let Some(subject) = Subject::parse(query) else {
                 return Answer::text(
                     StatusCode::BAD_REQUEST,
                     "say ?node or ?pod=NAMESPACE/NAME\n",
                 );
             };
-            about(&agent, &method, path, &subject).await
+            about(&agent, Some(&subject), &method, path).await
         }
         (method, path) => Answer::text(
             StatusCode::NOT_FOUND,
@@ -112,14 +118,18 @@ pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
     }
 }
 
-async fn about(agent: &Agent, method: &Method, path: &str, subject: &Subject) -> Answer {
-    let outcome = match (method, path) {
-        (&Method::GET, "/v1/plan") => agent.plans(subject).await.map(|plans| Answer::json(&plans)),
-        (&Method::GET, "/v1/diff") => agent
+async fn about(agent: &Agent, subject: Option<&Subject>, method: &Method, path: &str) -> Answer {
+    let verified = (method, path) == (&Method::GET, "/v1/verify");
+    let outcome = match (subject, method, path) {
+        _ if verified => agent.verify(subject).await.map(|all| Answer::json(&all)),
+        (Some(subject), &Method::GET, "/v1/plan") => {
+            agent.plans(subject).await.map(|plans| Answer::json(&plans))
+        }
+        (Some(subject), &Method::GET, "/v1/diff") => agent
             .diff(subject)
             .await
             .map(|findings| Answer::json(&findings)),
-        (&Method::POST, "/v1/undo") => agent
+        (Some(subject), &Method::POST, "/v1/undo") => agent
             .undo(subject)
             .await
             .map(|undone| Answer::json(&undone)),

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use host_net::engine;
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
-use host_net::plan::{Family, OverlayKind, Place, Plan, Step};
+use host_net::plan::{Family, OverlayKind, Place, Plan};
 use inpod_redirect::zds::NodeConfiguration;
 use inpod_redirect::zds::server::{ConnectionId, ProxyConnected, ProxyEvent, ProxyHook};
 use node_redirect::facts::{OVERLAY_OVERHEAD, OVERLAY_PORT, TUNNEL_IN, TUNNEL_OUT};
@@ -146,8 +146,7 @@ impl Agent {
             if let (Some(mut record), Some(before)) = (record, before)
                 && record.netns == before.proxy.id()
             {
-                let rule = |step: &Step| matches!(step, Step::Chain(_) | Step::ChainRule(_));
-                record.plan.steps.retain(|step| !rule(step));
+                record.plan.steps.retain(|step| !step.is_firewall());
                 let place = Place {
                     label: record.place_label,
                     netns: before.proxy.clone(),
@@ -171,6 +170,31 @@ impl Agent {
         let netns = before.map(|setup| &setup.proxy);
         for error in engine::undo(PROXY_BEFORE, netns, &self.journal).await {
             tracing::warn!(%error, "the namespace of an earlier proxy is not clean");
+        }
+    }
+}
+
+impl Agent {
+    /// The node capture's objects in the proxy's namespace, then in the node's.
+    async fn converge_node(&self, setup: &NodeSetup) -> anyhow::Result<()> {
+        let proxy = Place {
+            label: "proxy".to_owned(),
+            netns: setup.proxy.clone(),
+        };
+        let in_proxy = node_redirect::plan::proxy(&setup.proxy_facts, self.flow());
+        self.converge(&proxy, &in_proxy).await?;
+        let on_node = node_redirect::plan::host(&setup.host_facts, self.flow());
+        self.converge(&self.host_place(), &on_node).await
+    }
+
+    /// Puts back what is missing of the node's own objects.
+    pub(super) async fn mend_node(&self) -> anyhow::Result<()> {
+        let _alone = self.setting_up.lock().await;
+        self.refuse_after_undo()?;
+        self.make_inpod_host_objects().await?;
+        match self.node_setup() {
+            Some(setup) => self.converge_node(&setup).await,
+            None => Ok(()),
         }
     }
 }

@@ -14,9 +14,9 @@ use super::sources::SourceArgs;
 use crate::agent::{self, AgentConfig};
 use crate::descriptors;
 use crate::logging;
-use crate::options::CaptureArgs;
 use crate::options::field::FieldArgs;
 use crate::options::tls::TlsArgs;
+use crate::options::{CaptureArgs, duration};
 use crate::proxy::{self, ProxyConfig};
 use crate::run_dir::{RunDir, state_dir};
 
@@ -56,6 +56,9 @@ pub(crate) struct AgentArgs {
         default_value = "0.0.0.0:15014"
     )]
     metrics: SocketAddr,
+    /// Time between two looks at the captures of all pods, which are put back where something is missing; 0s: never
+    #[arg(long, env = "AMBIDEX_VERIFY_EVERY", default_value = "5s", value_name = "DURATION", value_parser = duration::parse)]
+    verify_every: Duration,
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
@@ -72,6 +75,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
         state_dir: state_dir(),
         health: args.health,
         metrics: args.metrics,
+        verify_every: Some(args.verify_every).filter(|every| !every.is_zero()),
     };
     descriptors::make_room();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -123,6 +123,7 @@ fn up(args: &UpArgs) -> Result<(), Failure> {
         cni: variant.cni,
         pods_per_node: args.pods_per_node,
         control_plane: args.control_plane,
+        mends: true,
         ..LabSpec::new(
             &args.name.name,
             args.capture.mode,

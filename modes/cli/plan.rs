@@ -31,17 +31,19 @@ pub(crate) struct SubjectArgs {
 
 impl SubjectArgs {
     fn subject(&self) -> anyhow::Result<Subject> {
-        let Some(pod) = self.pod.clone() else {
-            return Ok(Subject::Node);
-        };
-        // What a pod's name consists of, and what a query may consist of.
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
-        anyhow::ensure!(
-            pod.chars().all(allowed),
-            "{pod:?} is not the name of a pod: want NAMESPACE/NAME"
-        );
-        Ok(Subject::Pod(pod))
+        self.pod.as_deref().map_or(Ok(Subject::Node), pod_subject)
     }
+}
+
+/// The pod that an operator means.
+pub(super) fn pod_subject(pod: &str) -> anyhow::Result<Subject> {
+    // What a pod's name consists of, and what a query may consist of.
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
+    anyhow::ensure!(
+        pod.chars().all(allowed),
+        "{pod:?} is not the name of a pod: want NAMESPACE/NAME"
+    );
+    Ok(Subject::Pod(pod.to_owned()))
 }
 
 #[derive(Debug, Args)]

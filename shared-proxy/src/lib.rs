@@ -17,6 +17,7 @@ pub mod inbound;
 pub mod outbound;
 pub mod pool;
 pub mod ports;
+pub mod probe;
 pub mod relay;
 pub mod state;
 pub mod telemetry;

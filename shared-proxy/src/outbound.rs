@@ -385,7 +385,7 @@ async fn open_stream(
     Ok((stream, lease))
 }
 
-async fn open_tunnel(
+pub(crate) async fn open_tunnel(
     attachment: &Attachment,
     key: &PoolKey,
 ) -> Result<Tunnel, crate::hbone::client::TunnelError> {

@@ -184,7 +184,7 @@ async fn transit(carrier: &mut Carrier<'_>, prepared: &Prepared<'_>) -> Result<(
     let (sets, rest): (Vec<&Step>, Vec<&Step>) = prepared
         .removals()
         .iter()
-        .filter(|step| !firewall::is_firewall(step))
+        .filter(|step| !step.is_firewall())
         .partition(|step| matches!(step, Step::Set(_)));
     for step in rest {
         carrier.unmake(step, prepared.record()).await?;
@@ -192,7 +192,7 @@ async fn transit(carrier: &mut Carrier<'_>, prepared: &Prepared<'_>) -> Result<(
     let mut left = prepared.makes();
     for run in runs(prepared.makes()) {
         left = &left[run.len()..];
-        if !run.iter().any(firewall::is_firewall) {
+        if !run.iter().any(Step::is_firewall) {
             carrier.make(run).await?;
             continue;
         }
@@ -214,7 +214,7 @@ async fn transit(carrier: &mut Carrier<'_>, prepared: &Prepared<'_>) -> Result<(
         prepared
             .removals()
             .iter()
-            .filter(|step| firewall::is_firewall(step))
+            .filter(|step| step.is_firewall())
             .cloned(),
     );
     Ok(())

@@ -7,11 +7,6 @@ use super::tables::{AT_END, ChainKey, Edit, Tables, is_built_in};
 use crate::journal::{NftHook, Record};
 use crate::plan::{Chain, ChainRule, Family, Jump, Position, Step, Table};
 
-/// Whether a step is made by iptables.
-pub(super) fn is_firewall(step: &Step) -> bool {
-    table_of(step).is_some()
-}
-
 /// The family of an iptables step.
 pub(super) fn family_of(step: &Step) -> Option<Family> {
     table_of(step).map(|(family, _)| family)
@@ -63,7 +58,7 @@ impl Ours {
     /// Only these steps are known; rules of other plans cannot be told from strangers'.
     pub(super) fn of(steps: &[Step]) -> Self {
         Self {
-            steps: steps.iter().filter(|s| is_firewall(s)).cloned().collect(),
+            steps: steps.iter().filter(|s| s.is_firewall()).cloned().collect(),
             others_known: false,
         }
     }
@@ -71,7 +66,7 @@ impl Ours {
     /// Adds the steps of the other plans in the namespace.
     pub(super) fn and<'a>(mut self, others: impl IntoIterator<Item = &'a Step>) -> Self {
         self.steps
-            .extend(others.into_iter().filter(|s| is_firewall(s)).cloned());
+            .extend(others.into_iter().filter(|s| s.is_firewall()).cloned());
         self.others_known = true;
         self
     }

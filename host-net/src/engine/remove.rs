@@ -142,7 +142,7 @@ impl Removal<'_> {
     async fn run(&self, errors: &mut Vec<RemoveError>) {
         let runs: Vec<&[Step]> = runs(&self.record.plan.steps).collect();
         for run in runs.into_iter().rev() {
-            if run.iter().any(firewall::is_firewall) {
+            if run.iter().any(Step::is_firewall) {
                 for family in [Family::V4, Family::V6] {
                     self.firewall(family, run, errors).await;
                 }

@@ -298,6 +298,9 @@ fn agent_command(spec: &LabSpec) -> (PathBuf, Vec<String>) {
         arguments.push(flag.to_owned());
         arguments.push(value.to_string());
     }
+    if !spec.mends {
+        arguments.extend(["--verify-every".to_owned(), "0s".to_owned()]);
+    }
     arguments.extend(spec.agent_args.iter().cloned());
     (spec.programs.ambidex.clone(), arguments)
 }

@@ -36,6 +36,10 @@ pub struct LabSpec {
     /// come from files.
     #[serde(default)]
     pub control_plane: bool,
+    /// Agents look at the captures of their pods every few seconds and put back what is missing. Off where captures are
+    /// damaged on purpose, or where nothing but the load may run.
+    #[serde(default)]
+    pub mends: bool,
     /// The programs that the lab runs.
     pub programs: Programs,
     /// Program and arguments of another proxy that speaks ZDS, in place of `ambidex proxy`. It runs where that would, with
@@ -117,6 +121,7 @@ impl LabSpec {
             pods_per_node: 2,
             isolate: true,
             control_plane: false,
+            mends: false,
             programs,
             proxy_command: None,
             daemon_env: BTreeMap::new(),

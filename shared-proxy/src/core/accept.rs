@@ -9,7 +9,7 @@ use super::Attachment;
 use crate::capture::{Captured, Listener, Role};
 use crate::dns::serve::Server as DnsServer;
 use crate::drain::Signal;
-use crate::{inbound, outbound};
+use crate::{inbound, outbound, probe};
 
 /// Pause after an error that concerns the process (`EMFILE`) and not one connection: accepting at once would fail again.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -60,6 +60,9 @@ fn serve(
 ) {
     let attachment = attachment.clone();
     match role {
+        Role::Outbound if probe::is_probe(&captured) => {
+            tokio::spawn(probe::pass_on(attachment, captured));
+        }
         Role::Outbound => {
             tokio::spawn(outbound::serve(attachment, captured, signal));
         }

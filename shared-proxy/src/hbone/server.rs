@@ -27,6 +27,7 @@ use crate::identity::{
     peer_identity,
 };
 use crate::inbound::{Arrival, Arrived, Claims, arrive};
+use crate::probe;
 use crate::relay::{self, End, RelayError};
 use crate::telemetry::{ConnectionError, Direction, ResponseFlag, Step, TunnelLeg};
 use crate::tls_stream::TlsStream;
@@ -232,6 +233,21 @@ async fn stream(
     signal: Signal,
 ) {
     let began = Instant::now();
+    if let Ok(asked) = authority(&request)
+        && probe::is_asked(&asked, session.client, session.local)
+        && session.attachment.identity_of(&session.pod).ok().as_ref() == Some(&session.peer)
+    {
+        if let Ok(send) = respond.send_response(response(StatusCode::OK), false) {
+            let recv = request.into_body();
+            probe::answer(
+                &session.attachment,
+                &session.pod,
+                HboneStream { send, recv },
+            )
+            .await;
+        }
+        return;
+    }
     let admitted = tokio::select! {
         admitted = Box::pin(admit(&session, &request, &signal)) => admitted,
         () = signal.cut() => {

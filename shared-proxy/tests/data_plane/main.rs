@@ -10,6 +10,7 @@ mod mesh;
 mod outbound_rows;
 mod peer;
 mod policy_rows;
+mod probe;
 mod protocol;
 mod refusals;
 mod retry;

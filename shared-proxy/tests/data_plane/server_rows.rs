@@ -50,6 +50,12 @@ fn state(keys: &str) -> String {
 #[case::authority_without_a_port(PLAIN, Method::CONNECT, "NET.21", 400)]
 #[case::authority_unparsable(PLAIN, Method::CONNECT, "a..b:8080", 400)]
 #[case::authority_ip_is_not_the_connection_s_local_ip(PLAIN, Method::CONNECT, "10.1.2.3:8080", 400)]
+#[case::authority_is_the_capture_probe_of_another_pod(
+    PLAIN,
+    Method::CONNECT,
+    "169.254.7.126:15099",
+    400
+)]
 #[case::authority_ip_of_another_workload(PLAIN, Method::CONNECT, "10.0.0.6:8080", 400)]
 #[case::authority_is_a_vip_of_its_own_service(PLAIN, Method::CONNECT, "10.96.0.1:8080", 400)]
 #[case::authority_is_a_vip_of_a_service_with_another_waypoint(

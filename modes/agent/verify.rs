@@ -1,0 +1,272 @@
+//! Proof of capture, for an operator and for the agent itself: that a pod's namespace is the one that was enrolled, that
+//! every kernel object of its plans is there and in order, that the proxy listens, that it knows the pod, and that a
+//! connection from inside the pod really comes through.
+//!
+//! Nothing here changes anything, and nothing is taken from memory that the kernel or the proxy can be asked for.
+
+pub(super) mod live;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+
+use futures_util::StreamExt;
+use futures_util::stream;
+use host_net::netns::Netns;
+use host_net::sockets::Listeners;
+use inpod_redirect::zds::messages::WorkloadState;
+use serde::{Deserialize, Serialize};
+use shared_proxy::capture::{
+    DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, SAME_NODE_HBONE_PORT,
+};
+
+use super::admission::has_address;
+use super::api::Subject;
+use super::{Agent, Pod, PodState};
+use crate::options::{Capture, SameNode};
+
+/// Pods that are looked at at the same time.
+const AT_ONCE: usize = 8;
+
+/// How a pod's namespace is called in findings.
+pub(super) const POD_PLACE: &str = "the pod's namespace";
+/// How the proxy's own is.
+const PROXY_PLACE: &str = "the proxy's namespace";
+
+/// What is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aspect {
+    /// The pod's network namespace is the one that was enrolled and has its addresses.
+    Namespace,
+    /// Every object of the plans is there, as it should be and where it should be.
+    Objects,
+    /// The proxy's ports are listened on.
+    Listeners,
+    /// A proxy is connected, and knows the pod.
+    Proxy,
+    /// A connection from inside the pod reaches the proxy, and through a tunnel the pod.
+    Probe,
+}
+
+impl fmt::Display for Aspect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Aspect::Namespace => "the network namespace is the enrolled one",
+            Aspect::Objects => "kernel objects are in place",
+            Aspect::Listeners => "the proxy listens",
+            Aspect::Proxy => "the proxy knows of it",
+            Aspect::Probe => "a connection comes through",
+        })
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What.
+    pub aspect: Aspect,
+    /// What is wrong; empty when nothing is.
+    pub findings: Vec<String>,
+}
+
+/// What was found of a pod or of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// `node`, or `namespace/name`.
+    pub subject: String,
+    /// UID of the pod.
+    pub uid: Option<String>,
+    /// How the pod is captured.
+    pub mode: Option<Capture>,
+    /// In the order in which they were made.
+    pub checks: Vec<Check>,
+}
+
+impl Verified {
+    /// Whether nothing is wrong.
+    pub fn is_effective(&self) -> bool {
+        self.checks.iter().all(|check| check.findings.is_empty())
+    }
+}
+
+/// What the proxy says of its pods, asked once for all of them.
+type Told = Result<Vec<WorkloadState>, String>;
+
+impl Agent {
+    /// Looks at a pod, at the node, or at both and all pods.
+    pub(super) async fn verify(&self, subject: Option<&Subject>) -> anyhow::Result<Vec<Verified>> {
+        Ok(match subject {
+            Some(Subject::Pod(name)) => {
+                let pod = self.pods.find(name)?;
+                vec![self.verify_pod(&pod, &self.proxy_tells().await).await]
+            }
+            Some(Subject::Node) => vec![self.verify_node().await],
+            None => {
+                let told = self.proxy_tells().await;
+                let pods = stream::iter(self.pods.all())
+                    .map(|pod| {
+                        let told = &told;
+                        async move { self.verify_pod(&pod, told).await }
+                    })
+                    .buffered(AT_ONCE)
+                    .collect::<Vec<_>>();
+                let node = self.verify_node().await;
+                std::iter::once(node).chain(pods.await).collect()
+            }
+        })
+    }
+
+    async fn verify_node(&self) -> Verified {
+        let mut checks = vec![Check {
+            aspect: Aspect::Proxy,
+            findings: self
+                .ready()
+                .err()
+                .map(|error| format!("{error:#}"))
+                .into_iter()
+                .collect(),
+        }];
+        checks.push(self.objects(&Subject::Node).await);
+        if self.config.mode.uses_node() {
+            checks.push(Check {
+                aspect: Aspect::Listeners,
+                findings: self.node_listeners(),
+            });
+        }
+        Verified {
+            subject: "node".to_owned(),
+            uid: None,
+            mode: None,
+            checks,
+        }
+    }
+
+    async fn verify_pod(&self, pod: &Pod, told: &Told) -> Verified {
+        let mut checks = Vec::new();
+        let mut note = |aspect, findings| checks.push(Check { aspect, findings });
+        let netns = pod.open_netns();
+        note(Aspect::Namespace, namespace_findings(pod, &netns).await);
+        let objects = self.objects(&Subject::Pod(pod.uid.clone())).await;
+        note(objects.aspect, objects.findings);
+        if let Ok(netns) = &netns {
+            let listeners = match pod.mode {
+                Capture::Inpod => missing_listeners(netns, &self.pod_ports(), POD_PLACE),
+                Capture::Node => self.node_listeners(),
+            };
+            note(Aspect::Listeners, listeners);
+        }
+        note(Aspect::Proxy, proxy_findings(pod, told));
+        if let Ok(netns) = &netns {
+            note(Aspect::Probe, live::findings(pod, netns).await);
+        }
+        Verified {
+            subject: pod.qualified_name(),
+            uid: Some(pod.uid.clone()),
+            mode: Some(pod.mode),
+            checks,
+        }
+    }
+
+    async fn objects(&self, subject: &Subject) -> Check {
+        let findings = match self.diff(subject).await {
+            Ok(places) => places
+                .into_iter()
+                .flat_map(|placed| {
+                    let place = placed.place;
+                    let named = move |finding| format!("{place}: {finding}");
+                    placed.findings.into_iter().map(named)
+                })
+                .collect(),
+            Err(error) => vec![format!("{error:#}")],
+        };
+        Check {
+            aspect: Aspect::Objects,
+            findings,
+        }
+    }
+
+    /// Ports of the proxy in the namespace of a pod that is captured there.
+    pub(super) fn pod_ports(&self) -> Vec<u16> {
+        let mut ports = vec![OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT];
+        if self.config.dns_capture {
+            ports.push(DNS_PORT);
+        }
+        ports
+    }
+
+    /// Ports of the proxy in its own namespace that nobody listens on.
+    pub(super) fn node_listeners(&self) -> Vec<String> {
+        let Some(setup) = self.node_setup() else {
+            return vec!["no proxy has connected since the agent started".to_owned()];
+        };
+        let mut wanted = self.pod_ports();
+        if self.config.variant.same_node == SameNode::Hbone {
+            wanted.push(SAME_NODE_HBONE_PORT);
+        }
+        missing_listeners(&setup.proxy, &wanted, PROXY_PLACE)
+    }
+
+    /// What the proxy says of its pods.
+    pub(super) async fn proxy_tells(&self) -> Told {
+        self.zds.state().await.map_err(|error| error.to_string())
+    }
+}
+
+/// What is wrong with a pod's namespace.
+pub(super) async fn namespace_findings(pod: &Pod, netns: &std::io::Result<Netns>) -> Vec<String> {
+    let netns = match netns {
+        Ok(netns) => netns,
+        Err(error) => return vec![error.to_string()],
+    };
+    let mut findings = Vec::new();
+    for address in pod.ipv4() {
+        match has_address(netns, address.into()).await {
+            Ok(true) => {}
+            Ok(false) => findings.push(format!(
+                "no interface of {} has the pod's address {address}",
+                pod.netns.display()
+            )),
+            Err(error) => findings.push(error.to_string()),
+        }
+    }
+    findings
+}
+
+/// What is wrong with the proxy's idea of a pod.
+pub(super) fn proxy_findings(pod: &Pod, told: &Told) -> Vec<String> {
+    if pod.state != PodState::Captured {
+        return vec![format!("the pod is {}", pod.state)];
+    }
+    let found = match told {
+        Ok(workloads) => workloads.iter().find(|workload| workload.uid == pod.uid),
+        Err(error) => return vec![error.clone()],
+    };
+    match found {
+        Some(workload) if workload.up => Vec::new(),
+        Some(workload) => vec![format!("the proxy does not serve it: {}", workload.error)],
+        None => vec!["the proxy has not been told of it".to_owned()],
+    }
+}
+
+fn missing_listeners(netns: &Netns, wanted: &[u16], place: &str) -> Vec<String> {
+    match Listeners::of(netns).and_then(|listeners| listeners.now()) {
+        Ok(listening) => lacking(&listening, wanted, place),
+        Err(error) => vec![format!("asking who listens in {place}: {error}")],
+    }
+}
+
+/// The wanted ports that are not listened on at every address.
+pub(super) fn lacking(
+    listening: &BTreeSet<SocketAddr>,
+    wanted: &[u16],
+    place: &str,
+) -> Vec<String> {
+    let everywhere =
+        |port: u16| move |at: &SocketAddr| at.port() == port && at.ip().is_unspecified();
+    wanted
+        .iter()
+        .filter(|port| !listening.iter().any(everywhere(**port)))
+        .map(|port| format!("nobody listens on port {port} in {place}"))
+        .collect()
+}

@@ -1,0 +1,131 @@
+//! `ambidex verify`: proof that pods are captured.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::output::{Format, print};
+use super::{Failure, block_on};
+use crate::agent::api::Subject;
+use crate::agent::verify::Verified;
+use crate::agent_client;
+
+/// Between two looks with `--watch`.
+const WATCH_EVERY: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Pod: namespace/name, or its UID (default: the node and all its pods)
+    #[arg(conflicts_with = "node")]
+    pod: Option<String>,
+    /// The node's own objects
+    #[arg(long)]
+    node: bool,
+    /// Go on, and print what changes
+    #[arg(long, short)]
+    watch: bool,
+    #[command(flatten)]
+    output: super::output::OutputArgs,
+}
+
+pub(crate) fn run(args: VerifyArgs) -> Result<(), Failure> {
+    let subject = match (&args.pod, args.node) {
+        (Some(pod), _) => Some(super::plan::pod_subject(pod)?),
+        (None, true) => Some(Subject::Node),
+        (None, false) => None,
+    };
+    let query = subject.map_or_else(String::new, |subject| format!("?{}", subject.query()));
+    let mut before = Vec::new();
+    loop {
+        let all: Vec<Verified> = block_on(agent_client::get(&format!("/v1/verify{query}")))??;
+        if all != before {
+            print(&render(&all, args.output.output)?)?;
+        }
+        if !args.watch {
+            let wrong = all.iter().any(|one| !one.is_effective());
+            return if wrong { Err(Failure::Differs) } else { Ok(()) };
+        }
+        before = all;
+        std::thread::sleep(WATCH_EVERY);
+    }
+}
+
+fn render(all: &[Verified], format: Format) -> anyhow::Result<String> {
+    Ok(match format {
+        Format::Json => format!("{}\n", serde_json::to_string_pretty(all)?),
+        Format::Yaml => serde_saphyr::to_string(&all)?,
+        Format::Table | Format::Wide => text(all),
+    })
+}
+
+/// As `linkerd check` writes: what was looked at, and below it what is wrong.
+fn text(all: &[Verified]) -> String {
+    let mut out = String::new();
+    for one in all {
+        let mode = one
+            .mode
+            .map_or_else(String::new, |mode| format!(" ({mode})"));
+        let _ = writeln!(out, "{}{mode}", one.subject);
+        for check in &one.checks {
+            let mark = if check.findings.is_empty() {
+                '√'
+            } else {
+                '×'
+            };
+            let _ = writeln!(out, "  {mark} {}", check.aspect);
+            for finding in &check.findings {
+                let _ = writeln!(out, "      {finding}");
+            }
+        }
+        out.push('\n');
+    }
+    let wrong: Vec<&str> = all
+        .iter()
+        .filter(|one| !one.is_effective())
+        .map(|one| one.subject.as_str())
+        .collect();
+    let _ = match wrong[..] {
+        [] => writeln!(out, "Status: all as it should be"),
+        _ => writeln!(out, "Status: not as it should be: {}", wrong.join(", ")),
+    };
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::verify::{Aspect, Check};
+    use crate::options::Capture;
+
+    #[test]
+    fn what_is_wrong_stands_below_what_was_looked_at() {
+        let all = [
+            Verified {
+                subject: "node".to_owned(),
+                uid: None,
+                mode: None,
+                checks: vec![Check {
+                    aspect: Aspect::Objects,
+                    findings: Vec::new(),
+                }],
+            },
+            Verified {
+                subject: "shop/cart".to_owned(),
+                uid: Some("u".to_owned()),
+                mode: Some(Capture::Inpod),
+                checks: vec![Check {
+                    aspect: Aspect::Listeners,
+                    findings: vec![
+                        "nobody listens on port 15001 in the pod's namespace".to_owned(),
+                    ],
+                }],
+            },
+        ];
+        assert_eq!(
+            text(&all),
+            "node\n  √ kernel objects are in place\n\nshop/cart (inpod)\n  × the proxy listens\n      \
+             nobody listens on port 15001 in the pod's namespace\n\nStatus: not as it should be: shop/cart\n"
+        );
+    }
+}
