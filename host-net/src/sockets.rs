@@ -146,7 +146,7 @@ fn address(message: &[u8]) -> Option<SocketAddr> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods)]
     use std::net::TcpListener;
 
     use proptest::prelude::*;

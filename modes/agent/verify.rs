@@ -142,7 +142,8 @@ impl Agent {
         }
     }
 
-    async fn verify_pod(&self, pod: &Pod, told: &Told) -> Verified {
+    /// Looks at one pod; `told` is what the proxy says of all of them.
+    pub(super) async fn verify_pod(&self, pod: &Pod, told: &Told) -> Verified {
         let mut checks = Vec::new();
         let mut note = |aspect, findings| checks.push(Check { aspect, findings });
         let netns = pod.open_netns();
