@@ -182,6 +182,26 @@ fn metrics(agent: &Agent, request: &Request<Incoming>) -> (StatusCode, String) {
             })
             .collect(),
     );
+    let effects = agent.effects.all();
+    series(
+        "ambidex_capture_effective",
+        "gauge",
+        "Whether a pod's capture was found to work when it was last looked at.",
+        agent
+            .pods
+            .all()
+            .iter()
+            .filter_map(|pod| {
+                let wrong = effects.get(&pod.uid)?;
+                // Names have no character that would have to be escaped: enrolment refuses them.
+                let labels = format!(
+                    "{{namespace=\"{}\",pod=\"{}\",capture_mode=\"{}\"}}",
+                    pod.namespace, pod.name, pod.mode
+                );
+                Some((labels, u64::from(wrong.is_empty())))
+            })
+            .collect(),
+    );
     (StatusCode::OK, text)
 }
 
