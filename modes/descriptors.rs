@@ -15,14 +15,37 @@ use nix::unistd;
 /// It takes 8 bytes of the kernel's memory for each.
 pub(crate) const ROOM: u64 = 16_384;
 
-/// Raises the limit of open files to what this process may have, and makes its table large. What cannot be had is done
-/// without: the limit then shows where descriptors run out, and says so there.
+/// Raises the limit of open files to what this process may have, says what it is, and makes the table large. What cannot
+/// be had is done without: the limit then shows where descriptors run out.
 pub fn make_room() {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return;
-    };
-    let raised = soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
-    let limit = if raised { hard } else { soft };
+    match raised() {
+        Ok((before, limit)) => {
+            if limit < ROOM {
+                tracing::warn!(
+                    before,
+                    limit,
+                    needed = ROOM,
+                    "few file descriptors: connections beyond them are not accepted; raise the hard limit (ulimit -Hn)"
+                );
+            } else {
+                tracing::info!(before, limit, "limit of file descriptors");
+            }
+            enlarge(limit);
+        }
+        Err(error) => tracing::warn!(%error, "the limit of file descriptors stays as it is"),
+    }
+}
+
+/// The limit before and after raising it.
+fn raised() -> nix::Result<(u64, u64)> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok((soft, hard))
+}
+
+fn enlarge(limit: u64) {
     let last = ROOM.min(limit).saturating_sub(1);
     // Whatever is open: a copy with a high number makes the table reach to it.
     if let (Ok(last), Ok(file)) = (i32::try_from(last), std::fs::File::open("/proc/self/stat"))

@@ -1,6 +1,5 @@
 //! The node proxy's start-up: certificates, workloads, the core, telemetry pages, and the agent's requests.
 
-mod descriptors;
 mod dump;
 mod handler;
 pub(crate) mod local_pages;
@@ -87,7 +86,6 @@ pub fn in_force(config: &ProxyConfig) -> Value {
 pub async fn run(config: ProxyConfig, log: Log) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    descriptors::raise_limit();
     let own_netns = Netns::current()?;
     config.field.check()?;
     config.field.require_compliance()?;
