@@ -403,7 +403,7 @@ fn the_other_verbs(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
         .unwrap();
     let details = sandbox.call(lab, "CHECK").cni_error()["details"].to_string();
     assert!(
-        details.contains("does not listen on port 15008"),
+        details.contains("nobody listens on port 15008"),
         "{details}"
     );
 
