@@ -382,7 +382,7 @@ fn daemons_run_apart_and_can_be_killed_and_started_again() {
     assert_eq!(status.first_broken(), None, "{status}");
 
     let log = fs::read_to_string(lab.log_path(1, Daemon::Agent)).unwrap();
-    let flags = "--mode node --node-flow hybrid --inpod-rules redirect --overlay auto --same-node hbone --extra";
+    let flags = "--mode node --node-flow hybrid --inpod-rules redirect --overlay auto --same-node hbone --verify-every 0s --extra";
     assert!(log.contains(&format!("started agent {flags}")), "{log}");
 
     let calls = fs::read_to_string(dir.path().join("ambidex-cni.calls")).unwrap();
