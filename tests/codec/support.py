@@ -54,7 +54,11 @@ def messages(*names):
     if done.returncode:
         sys.exit(f"protoc: {done.stderr}")
     sys.path.insert(0, into)
-    return [importlib.import_module(f"{name}_pb2") for name in names]
+    modules = [importlib.import_module(f"{name}_pb2") for name in names]
+    # Nothing stays of a program that is killed.
+    shutil.rmtree(into)
+    sys.path.remove(into)
+    return modules
 
 
 class Netns:
