@@ -42,7 +42,7 @@ fn cli(arguments: &[&str]) -> Done {
     Done::of(Command::new(ambidex()).args(arguments))
 }
 
-/// A lab built and removed by the command line.
+/// A lab built and removed by the command line. Its agents mend nothing: the tests take things away and look.
 struct CommandLineLab {
     name: String,
     guardian: Guardian,
@@ -56,7 +56,8 @@ impl CommandLineLab {
     fn named(name: String, flags: &[&str]) -> Self {
         let guardian = Guardian::of(&name);
         let lab = Self { name, guardian };
-        cli(&[&["lab", "up", "--name", &lab.name], flags].concat()).with_code(0);
+        let up = ["lab", "up", "--no-mend", "--name", &lab.name];
+        cli(&[&up, flags].concat()).with_code(0);
         lab
     }
 

@@ -60,6 +60,9 @@ struct UpArgs {
     /// Captured pods on each node
     #[arg(long, default_value_t = 2)]
     pods_per_node: u8,
+    /// Agents leave damage as it is: for looking at what a missing rule, route, member or listener does
+    #[arg(long)]
+    no_mend: bool,
 }
 
 #[derive(Debug, Args)]
@@ -123,7 +126,7 @@ fn up(args: &UpArgs) -> Result<(), Failure> {
         cni: variant.cni,
         pods_per_node: args.pods_per_node,
         control_plane: args.control_plane,
-        mends: true,
+        mends: !args.no_mend,
         ..LabSpec::new(
             &args.name.name,
             args.capture.mode,
