@@ -59,8 +59,8 @@ test-geneve: deps
 check: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	$(CARGO) clippy --workspace --all-targets --features libipset -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+	$(CARGO) clippy --workspace --all-targets --features libipset,kubernetes -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --features kubernetes --no-deps --quiet
 
 clean-lab: build
 	target/debug/ambidex lab down --all
