@@ -239,9 +239,20 @@ fn exit_codes() {
     cli(&["lab", "status", "--name", &lab.name]).with_code(0);
     cli(&["lab", "status", "--name", "nolab"]).with_code(1);
     // Up again is fine, unless it would have to be another lab.
-    cli(&["lab", "up", "--name", &lab.name, "--mode", "inpod"]).with_code(0);
-    let other = cli(&["lab", "up", "--name", &lab.name, "--mode", "node"]);
-    contains(&other.stderr, &["lab down"]);
+    let again = |mode| {
+        cli(&[
+            "lab",
+            "up",
+            "--no-mend",
+            "--name",
+            &lab.name,
+            "--mode",
+            mode,
+        ])
+    };
+    again("inpod").with_code(0);
+    let other = again("node");
+    contains(&other.stderr, &[&format!("lab down --name {}", lab.name)]);
     assert_eq!(other.code, 1);
 
     for usage in [

@@ -206,13 +206,13 @@ impl Lab {
         standing.isolate = wanted.isolate;
         if standing != *wanted {
             bail!(
-                "lab {name} stands with other settings: remove it first with `ambidex lab down {name}`"
+                "lab {name} stands with other settings: remove it first with `ambidex lab down --name {name}`"
             );
         }
         let status = self.status();
         if let Some(broken) = status.first_broken() {
             bail!(
-                "lab {name} stands, but {broken}: remove it first with `ambidex lab down {name}`"
+                "lab {name} stands, but {broken}: remove it first with `ambidex lab down --name {name}`"
             );
         }
         Ok(self)
