@@ -1,11 +1,13 @@
 //! The command line: one file per verb.
 //!
-//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`), 4 timed out.
+//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`, `doctor`), 4 timed out.
 
 mod bench;
+mod bug_report;
 mod cni;
 mod control;
 mod daemons;
+mod doctor;
 mod dump;
 mod get;
 mod lab;
@@ -52,8 +54,13 @@ enum Command {
     /// Prove that pods are captured: kernel objects, listeners, and a connection that goes the whole way (exit code 3 when
     /// something is wrong)
     Verify(verify::VerifyArgs),
+    /// Look at this machine: whether each capture would work here, and what mends what does not (exit code 3 when
+    /// something breaks the capture that was asked for)
+    Doctor(doctor::DoctorArgs),
     /// Remove exactly what was made for a pod, or for the whole node
     Undo(plan::UndoArgs),
+    /// Write one archive with the state of this node for whoever looks at it from afar, without secrets
+    BugReport(bug_report::BugReportArgs),
     /// Print the network state of a namespace in a canonical form
     Dump(dump::DumpArgs),
 }
@@ -98,6 +105,8 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run_plan(args),
         Command::Diff(args) => plan::run_diff(args),
         Command::Verify(args) => verify::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::BugReport(args) => bug_report::run(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
     };

@@ -3,11 +3,13 @@
 
 pub mod agent;
 pub mod agent_client;
+pub mod bug_report;
 mod calendar;
 pub mod cli;
 pub mod cni;
 pub mod control;
 mod descriptors;
+pub mod doctor;
 pub mod logging;
 pub mod options;
 pub mod proxy;

@@ -163,6 +163,15 @@ pub async fn dump(ns: &Netns) -> Result<Dump, DumpError> {
     Ok(dump)
 }
 
+/// Rules and chains of nftables and iptables only, as [`dump`] has them: nftables first.
+///
+/// # Errors
+/// As [`dump`].
+pub fn filter_rules(ns: &Netns) -> Result<Vec<String>, DumpError> {
+    let (nftables, iptables) = filters::tables(ns)?;
+    Ok([nftables, iptables].concat())
+}
+
 fn read_by_tools(ns: &Netns, mut dump: Dump) -> Result<Dump, DumpError> {
     dump.ipsets = filters::ipsets(ns)?;
     let (nftables, iptables) = filters::tables(ns)?;

@@ -17,6 +17,7 @@ use crate::netns::Netns;
 use crate::plan::OverlayKind;
 
 mod addresses;
+mod disciplines;
 mod links;
 mod request;
 mod routes;

@@ -147,6 +147,16 @@ impl fmt::Display for ListedRule {
 }
 
 impl ListedRule {
+    /// Its preference.
+    pub fn priority(&self) -> u32 {
+        self.shape.priority
+    }
+
+    /// The mark that it selects, whatever else it does.
+    pub fn mark(&self) -> Option<MarkMatch> {
+        self.shape.mark
+    }
+
     fn parse(message: &RuleMessage) -> Option<Self> {
         let family = match message.header.family {
             AddressFamily::Inet => Family::V4,
