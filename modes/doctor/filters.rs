@@ -25,8 +25,8 @@ pub(super) const HOST_MARKS: u32 = MARK_OUTBOUND.mask
     | MARK_STAYS_IN.mask
     | MARK_STAYS_OUT.mask;
 
-/// Beginnings of the names of chains that are ours, or of a mesh whose names we have.
-const OWN_CHAINS: [&str; 4] = ["ztunnel-", "ISTIO_", "ambidex-", "AMBIDEX_"];
+/// Beginnings of the names of IPv4 chains that are ours, or of a mesh whose names we have.
+const OWN_CHAINS: [&str; 2] = ["ztunnel-", "ISTIO_"];
 
 pub(super) static CHECKS: [Check; 7] = [
     Check {
