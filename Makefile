@@ -10,10 +10,11 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	user-mode-linux python3-jsonschema libipset-dev libmnl-dev libclang-dev clang \
 	podman containerd runc containernetworking-plugins busybox-static \
 	python3-prometheus-client python3-protobuf protobuf-compiler openssl nghttp2-client tshark \
-	python3-grpcio python3-cryptography python3-yaml
+	python3-grpcio python3-cryptography python3-yaml python3-pip mandoc
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
-.PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve check clean-lab
+.PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve check clean-lab \
+	kube-tools manifests image completions
 
 all: build
 
@@ -47,10 +48,10 @@ bench-geneve: release
 bench-cost: release
 	target/release/ambidex bench cost
 
-test: deps
+test: deps kube-tools
 	tests/run --suite ci
 
-test-all: deps
+test-all: deps kube-tools
 	tests/run --suite all
 
 test-geneve: deps
@@ -64,3 +65,23 @@ check: deps
 
 clean-lab: build
 	target/debug/ambidex lab down --all
+
+# helm and kubectl, for the tests of the manifests; without them these look at less and say so.
+kube-tools: deps
+	@deploy/fetch-kube-tools target/kube-tools || echo "helm and kubectl cannot be fetched: fewer tests of the manifests"
+
+# What kustomize takes is what the chart makes.
+manifests: kube-tools
+	target/kube-tools/helm template ambidex deploy/helm/ambidex -n ambidex-system > deploy/kustomize/base/ambidex.yaml
+	target/kube-tools/helm template ambidex deploy/helm/ambidex -n ambidex-system --set mode=mixed,teardown=true > deploy/kustomize/teardown/ambidex.yaml
+
+# The plugin runs on the nodes, whatever C library they have: only its own last step is another one.
+image: deps
+	$(CARGO) build --release --features kubernetes --bin ambidex
+	$(CARGO) rustc --release --features kubernetes --bin ambidex-cni -- -C target-feature=+crt-static
+	deploy/image/build --binaries target/release --out out/image/ambidex.oci.tar
+
+completions: build
+	mkdir -p out/share
+	for shell in bash zsh fish; do target/debug/ambidex completions $$shell > out/share/ambidex.$$shell || exit 1; done
+	target/debug/ambidex man --out out/share/man/man1

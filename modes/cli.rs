@@ -5,12 +5,14 @@
 mod bench;
 mod bug_report;
 mod cni;
+mod completions;
 mod control;
 mod daemons;
 mod doctor;
 mod dump;
 mod get;
 mod lab;
+mod man;
 mod output;
 mod plan;
 mod sources;
@@ -63,6 +65,10 @@ enum Command {
     BugReport(bug_report::BugReportArgs),
     /// Print the network state of a namespace in a canonical form
     Dump(dump::DumpArgs),
+    /// Print what makes a shell complete command lines of this program
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page, or write those of all commands
+    Man(man::ManArgs),
 }
 
 /// Why a command ends with a code other than 0.
@@ -80,6 +86,11 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Failure::Failed(error.into())
     }
+}
+
+/// The definition of the command line: names, flags, variables and defaults.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Entry point of the binary `ambidex`.
@@ -109,6 +120,8 @@ pub fn main() -> ExitCode {
         Command::BugReport(args) => bug_report::run(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

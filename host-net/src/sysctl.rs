@@ -2,12 +2,22 @@
 //!
 //! `/proc/sys/net` shows the namespace of the thread that looks a name up, so reading and writing happen inside
 //! [`Netns::run`]. Keys are paths below `/proc/sys` with `/` as separator, because interface names may contain dots.
+//!
+//! In a container that is not privileged `/proc/sys` is read-only. Its `net` mounted anywhere else shows the same and can
+//! be written, with [`ROOT_ENV`] saying where.
 
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::netns::Netns;
+
+/// Environment variable: the directory in which the sysctls' `net` is, in place of `/proc/sys`.
+pub const ROOT_ENV: &str = "AMBIDEX_PROC_SYS";
+
+/// Where they are unless the environment says otherwise.
+const ROOT: &str = "/proc/sys";
 
 /// Reads a sysctl, e.g. `net/ipv4/conf/all/rp_filter`, without the final newline.
 ///
@@ -50,7 +60,14 @@ fn path_of(key: &str) -> io::Result<PathBuf> {
             format!("sysctl {key}: not a key of a network namespace (net/..., no `..` in it)");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    Ok(Path::new("/proc/sys").join(key))
+    Ok(root(std::env::var_os(ROOT_ENV)).join(key))
+}
+
+/// The directory that the environment names. One that is not absolute would mean another at every working directory.
+fn root(said: Option<OsString>) -> PathBuf {
+    said.map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| PathBuf::from(ROOT))
 }
 
 fn with_context(error: io::Error, what: &str) -> io::Error {
@@ -60,6 +77,8 @@ fn with_context(error: io::Error, what: &str) -> io::Error {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::path::Path;
 
     use super::*;
 
@@ -74,6 +93,15 @@ mod tests {
             assert_eq!(read(&there, key).unwrap(), value);
         }
         assert_eq!(read(&here, key).unwrap(), before);
+    }
+
+    #[test]
+    fn the_environment_says_where_they_are() {
+        assert_eq!(root(None), Path::new("/proc/sys"));
+        assert_eq!(root(Some("/host/sys".into())), Path::new("/host/sys"));
+        for nothing in ["", "host"] {
+            assert_eq!(root(Some(nothing.into())), Path::new("/proc/sys"));
+        }
     }
 
     #[test]
