@@ -1,4 +1,5 @@
-{{/* What the agent, and an undo in its place, may do and see; the argument is a list of the root and the settings. */}}
+{{/* What the agent, and an undo in its place, may do and see; the argument is a list of the root, the settings, and whether it
+is the agent. */}}
 {{- define "ambidex.agentBody" -}}
 {{- $root := index . 0 -}}
 {{- $settings := index . 1 -}}
@@ -18,8 +19,10 @@ env:
   - name: AMBIDEX_PROC_SYS
     value: /host/sysctl
   {{- end }}
+  {{- if index . 2 }}
   {{- with $root.Values.agent.env }}
   {{- include "ambidex.env" . | nindent 2 }}
+  {{- end }}
   {{- end }}
 securityContext:
   runAsUser: 0
