@@ -11,6 +11,7 @@
 mod admission;
 pub mod api;
 mod check;
+pub mod draining;
 mod enrol;
 mod events;
 mod keeper;
@@ -21,6 +22,7 @@ mod plans;
 mod pods;
 pub mod removal;
 mod restore;
+pub mod running;
 mod subject;
 pub mod timings;
 pub mod verify;
@@ -69,6 +71,8 @@ pub struct AgentConfig {
     pub metrics: SocketAddr,
     /// Time between two looks at the captures of all pods; none: they are not looked at.
     pub verify_every: Option<Duration>,
+    /// How long connections may go on through the proxy when a running pod is unenrolled.
+    pub drain: Duration,
 }
 
 /// A running agent.
@@ -86,6 +90,7 @@ pub struct Agent {
     timings: timings::Timings,
     counters: pages::Counters,
     effects: keeper::Effects,
+    awaited: draining::Awaited,
 }
 
 /// What stands between a pod and its enrolment.
@@ -136,6 +141,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         timings: timings::Timings::default(),
         counters: pages::Counters::default(),
         effects: keeper::Effects::default(),
+        awaited: draining::Awaited::default(),
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;
@@ -153,8 +159,12 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let for_api = Arc::clone(&agent);
     let api_task = tokio::spawn(crate::unix_http::serve(
         api_listener,
-        move |method, uri, _body, _caller| api::answer(Arc::clone(&for_api), method, uri),
+        move |method, uri, body, caller| {
+            api::answer(Arc::clone(&for_api), method, uri, body, caller)
+        },
     ));
+    let drainer = Arc::clone(&agent);
+    let drain_task = tokio::spawn(async move { drainer.attend_drains().await });
     let sweeper = Arc::clone(&agent);
     let sweep_task = tokio::spawn(async move { sweeper.sweep().await });
     let keeper = agent.config.verify_every;
@@ -169,6 +179,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     events_task.abort();
     api_task.abort();
     sweep_task.abort();
+    drain_task.abort();
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());
     if let Some(task) = keep_task {

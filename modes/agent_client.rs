@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use http::{Method, StatusCode};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::run_dir::RunDir;
@@ -73,13 +74,28 @@ pub async fn post<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
     call(Method::POST, uri, DOES_WITHIN).await
 }
 
+/// `POST` of something to a page of the agent of this node.
+pub async fn send<T: DeserializeOwned>(uri: &str, what: &impl Serialize) -> anyhow::Result<T> {
+    let body = serde_json::to_vec(what)?;
+    exchange(Method::POST, uri, body, DOES_WITHIN).await
+}
+
 async fn call<T: DeserializeOwned>(
     method: Method,
     uri: &str,
     within: Duration,
 ) -> anyhow::Result<T> {
+    exchange(method, uri, Vec::new(), within).await
+}
+
+async fn exchange<T: DeserializeOwned>(
+    method: Method,
+    uri: &str,
+    body: Vec<u8>,
+    within: Duration,
+) -> anyhow::Result<T> {
     let socket = RunDir::from_env().agent();
-    let (status, body) = unix_http::request(&socket, method, uri, Vec::new(), within).await?;
+    let (status, body) = unix_http::request(&socket, method, uri, body, within).await?;
     if status != StatusCode::OK {
         return Err(anyhow!("{}", String::from_utf8_lossy(&body).trim_end()));
     }

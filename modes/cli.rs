@@ -10,6 +10,7 @@ mod control;
 mod daemons;
 mod doctor;
 mod dump;
+mod enrol;
 mod get;
 mod lab;
 mod man;
@@ -59,6 +60,10 @@ enum Command {
     /// Look at this machine: whether each capture would work here, and what mends what does not (exit code 3 when
     /// something breaks the capture that was asked for)
     Doctor(doctor::DoctorArgs),
+    /// Capture a pod that is running; connections that it has go on outside the mesh
+    Enrol(enrol::EnrolArgs),
+    /// Stop capturing a running pod; its connections through the proxy go on for a time
+    Unenrol(enrol::UnenrolArgs),
     /// Remove exactly what was made for a pod, or for the whole node
     Undo(plan::UndoArgs),
     /// Write one archive with the state of this node for whoever looks at it from afar, without secrets
@@ -118,6 +123,8 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::BugReport(args) => bug_report::run(args),
+        Command::Enrol(args) => enrol::run_enrol(args),
+        Command::Unenrol(args) => enrol::run_unenrol(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
         Command::Completions(args) => completions::run(args),

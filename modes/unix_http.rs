@@ -4,7 +4,7 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -142,6 +142,12 @@ impl Answer {
 pub struct Caller(Weak<()>);
 
 impl Caller {
+    /// The agent itself: never leaves.
+    pub fn own() -> Self {
+        static OWN: LazyLock<Arc<()>> = LazyLock::new(Arc::default);
+        Self(Arc::downgrade(&OWN))
+    }
+
     /// Whether nobody waits for the answer any more.
     pub fn has_left(&self) -> bool {
         self.0.strong_count() == 0

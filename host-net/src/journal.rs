@@ -12,8 +12,8 @@
 mod boot;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,8 +99,17 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
-    /// Records by file name with the file's identity, so that looking through all of them costs a `stat` each.
-    seen: Mutex<HashMap<String, (FileIdentity, Arc<Record>)>>,
+    seen: Mutex<Seen>,
+}
+
+/// What has been read and written.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Records by file name with the file's identity.
+    records: HashMap<String, (FileIdentity, Arc<Record>)>,
+    /// Whether these are all: then nobody has to look through the directory, which would cost each pod of many as much as
+    /// there are pods.
+    all: bool,
 }
 
 /// Inode, size and time of change in nanoseconds: a replaced record differs in at least one.
@@ -149,22 +158,31 @@ impl Journal {
     }
 
     /// All readable records, except `but`, of the namespace `netns`. Damaged ones are left out: they must not keep
-    /// other plans from being applied or removed.
+    /// other plans from being applied or removed. Sorted by name.
+    ///
+    /// The directory is read once; after that, what this journal wrote and forgot is added and taken away. So one program
+    /// at a time may hold it: see the agent's lock.
     ///
     /// # Errors
     /// When the directory cannot be read.
     pub fn others_in(&self, netns: NetnsId, but: &str) -> Result<Vec<Arc<Record>>, JournalError> {
-        let mut records = Vec::new();
-        for name in self.list()? {
-            if name == but {
-                continue;
+        if !lock(&self.seen).all {
+            for name in self.list()? {
+                if let Err(error) = self.cached(&name) {
+                    tracing::warn!(%error, "journal record left out");
+                }
             }
-            match self.cached(&name) {
-                Ok(Some(record)) if record.netns == netns => records.push(record),
-                Ok(_) => {}
-                Err(error) => tracing::warn!(%error, "journal record left out"),
-            }
+            lock(&self.seen).all = true;
         }
+        let seen = lock(&self.seen);
+        let mut records: Vec<Arc<Record>> = seen
+            .records
+            .values()
+            .filter(|(_, record)| record.netns == netns && record.plan.name != but)
+            .map(|(_, record)| Arc::clone(record))
+            .collect();
+        drop(seen);
+        records.sort_by(|a, b| a.plan.name.cmp(&b.plan.name));
         Ok(records)
     }
 
@@ -183,11 +201,25 @@ impl Journal {
             path: path.clone(),
             source,
         })?;
-        let written = fs::write(&aside, &text).and_then(|()| fs::rename(&aside, &path));
-        written.map_err(|source| {
-            let _ = fs::remove_file(&aside);
-            JournalError::Io { path, source }
-        })
+        // The inode goes along with the name.
+        let written = File::create(&aside).and_then(|mut file| {
+            file.write_all(&text)?;
+            fs::rename(&aside, &path)?;
+            file.metadata()
+        });
+        match written {
+            Ok(meta) => {
+                let entry = (identity(&meta), Arc::new(record.clone()));
+                lock(&self.seen)
+                    .records
+                    .insert(record.plan.name.clone(), entry);
+                Ok(())
+            }
+            Err(source) => {
+                let _ = fs::remove_file(&aside);
+                Err(JournalError::Io { path, source })
+            }
+        }
     }
 
     /// Deletes the record of the plan `name`; none is fine.
@@ -196,7 +228,7 @@ impl Journal {
     /// When the file cannot be deleted.
     pub fn forget(&self, name: &str) -> Result<(), JournalError> {
         let path = self.path(name)?;
-        lock(&self.seen).remove(name);
+        lock(&self.seen).records.remove(name);
         match fs::remove_file(&path) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -207,15 +239,14 @@ impl Journal {
     fn cached(&self, name: &str) -> Result<Option<Arc<Record>>, JournalError> {
         let path = self.path(name)?;
         let identity = match fs::metadata(&path) {
-            Ok(meta) => (
-                meta.ino(),
-                meta.size(),
-                i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec()),
-            ),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Ok(meta) => identity(&meta),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                lock(&self.seen).records.remove(name);
+                return Ok(None);
+            }
             Err(source) => return Err(JournalError::Io { path, source }),
         };
-        if let Some((known, record)) = lock(&self.seen).get(name)
+        if let Some((known, record)) = lock(&self.seen).records.get(name)
             && *known == identity
         {
             return Ok(Some(Arc::clone(record)));
@@ -228,7 +259,9 @@ impl Journal {
         let record: Arc<Record> = serde_json::from_slice(&text)
             .map(Arc::new)
             .map_err(|source| JournalError::Damaged { path, source })?;
-        lock(&self.seen).insert(name.to_owned(), (identity, Arc::clone(&record)));
+        lock(&self.seen)
+            .records
+            .insert(name.to_owned(), (identity, Arc::clone(&record)));
         Ok(Some(record))
     }
 
@@ -239,6 +272,14 @@ impl Journal {
             Err(JournalError::Name(name.to_owned()))
         }
     }
+}
+
+fn identity(meta: &Metadata) -> FileIdentity {
+    (
+        meta.ino(),
+        meta.size(),
+        i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec()),
+    )
 }
 
 fn valid(name: &str) -> bool {

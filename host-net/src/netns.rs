@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -81,13 +81,11 @@ impl Netns {
             return Err(not_a_netns());
         }
         // Only the kernel can say which kind of namespace it is (the link in /proc/self/fd shows the mount point for
-        // bind mounts). Entering checks exactly that, and a thread that ends afterwards need not find its way home.
-        let entered = std::thread::scope(|scope| scope.spawn(|| enter(fd.as_fd())).join());
-        match entered {
-            Ok(Ok(())) => Self::trusted(fd),
-            Ok(Err(Errno::EINVAL)) => Err(not_a_netns()),
-            Ok(Err(errno)) => Err(errno.into()),
-            Err(_) => Err(io::Error::other("the thread that checks a namespace died")),
+        // bind mounts).
+        if kind_of_namespace(fd.as_fd())? == CloneFlags::CLONE_NEWNET.bits() {
+            Self::trusted(fd)
+        } else {
+            Err(not_a_netns())
         }
     }
 
@@ -220,6 +218,16 @@ impl Drop for WayHome<'_> {
 #[allow(clippy::disallowed_methods)] // the one place that enters namespaces
 fn enter(fd: BorrowedFd<'_>) -> nix::Result<()> {
     nix::sched::setns(fd, CloneFlags::CLONE_NEWNET)
+}
+
+/// `NS_GET_NSTYPE` (linux/nsfs.h): the `CLONE_NEW*` flag of a namespace's kind.
+fn kind_of_namespace(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    // SAFETY: the descriptor is open for as long as it is borrowed, and this request takes no argument, so the kernel
+    // neither reads nor writes memory of this process.
+    #[allow(unsafe_code)]
+    let kind = unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE) };
+    Errno::result(kind).map_err(Into::into)
 }
 
 /// Runs `f` on a thread of its own that has left for a fresh namespace; forking instead would be unsound in a process

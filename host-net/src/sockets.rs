@@ -1,8 +1,10 @@
-//! Which TCP ports are listened on in a namespace, asked over `NETLINK_SOCK_DIAG`.
+//! Which TCP ports are listened on in a namespace, and which connections are open there, asked over `NETLINK_SOCK_DIAG`.
 //!
 //! `/proc/net/tcp` would tell, too, after a walk through the table of all connections of the machine. A question is an
 //! `nlmsghdr` and an `inet_diag_req_v2`, each answer an `inet_diag_msg` (linux/inet_diag.h); numbers are in host byte
 //! order, ports and addresses in network byte order.
+
+mod connections;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,6 +17,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::netns::Netns;
+
+pub use connections::{Connection, connections};
 
 /// `SOCK_DIAG_BY_FAMILY`.
 const BY_FAMILY: u16 = 20;
@@ -45,14 +49,8 @@ impl std::fmt::Debug for Listeners {
 impl Listeners {
     /// Of a namespace.
     pub fn of(netns: &Netns) -> io::Result<Self> {
-        let socket = netns.run(|| Socket::new(NETLINK_SOCK_DIAG))??;
-        setsockopt(
-            &socket,
-            sockopt::ReceiveTimeout,
-            &TimeVal::seconds(ANSWER_WITHIN_S),
-        )?;
         Ok(Self {
-            socket: Mutex::new(socket),
+            socket: Mutex::new(open(netns)?),
         })
     }
 
@@ -60,19 +58,43 @@ impl Listeners {
     pub fn now(&self) -> io::Result<BTreeSet<SocketAddr>> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let mut found = BTreeSet::new();
-        for family in [AF_INET, AF_INET6] {
-            match ask(&socket, family, &mut found) {
-                // A kernel without IPv6.
-                Err(error) if family == AF_INET6 && error.kind() == io::ErrorKind::NotFound => {}
-                asked => asked?,
-            }
-        }
+        ask(&socket, LISTENING, &mut |message| {
+            found.extend(local_address(message))
+        })?;
         Ok(found)
     }
 }
 
-fn ask(socket: &Socket, family: u8, found: &mut BTreeSet<SocketAddr>) -> io::Result<()> {
-    socket.send_to(&question(family), &NetlinkAddr::new(0, 0), 0)?;
+/// A socket for questions about one namespace.
+fn open(netns: &Netns) -> io::Result<Socket> {
+    let socket = netns.run(|| Socket::new(NETLINK_SOCK_DIAG))??;
+    setsockopt(
+        &socket,
+        sockopt::ReceiveTimeout,
+        &TimeVal::seconds(ANSWER_WITHIN_S),
+    )?;
+    Ok(socket)
+}
+
+/// Hands every TCP socket in one of these states to `found`, as an `inet_diag_msg` with what follows it.
+fn ask(socket: &Socket, states: u32, found: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    for family in [AF_INET, AF_INET6] {
+        match ask_about(socket, family, states, found) {
+            // A kernel without IPv6.
+            Err(error) if family == AF_INET6 && error.kind() == io::ErrorKind::NotFound => {}
+            asked => asked?,
+        }
+    }
+    Ok(())
+}
+
+fn ask_about(
+    socket: &Socket,
+    family: u8,
+    states: u32,
+    found: &mut dyn FnMut(&[u8]),
+) -> io::Result<()> {
+    socket.send_to(&question(family, states), &NetlinkAddr::new(0, 0), 0)?;
     let mut buffer = Vec::with_capacity(BUFFER);
     loop {
         buffer.clear();
@@ -87,7 +109,7 @@ fn ask(socket: &Socket, family: u8, found: &mut BTreeSet<SocketAddr>) -> io::Res
     }
 }
 
-fn question(family: u8) -> Vec<u8> {
+fn question(family: u8, states: u32) -> Vec<u8> {
     let body = 56;
     let mut bytes = Vec::with_capacity(HEADER + body);
     bytes.extend(
@@ -99,13 +121,13 @@ fn question(family: u8) -> Vec<u8> {
     bytes.extend(DUMP.to_ne_bytes());
     bytes.extend([0; 8]);
     bytes.extend([family, IPPROTO_TCP, 0, 0]);
-    bytes.extend(LISTENING.to_ne_bytes());
+    bytes.extend(states.to_ne_bytes());
     bytes.resize(HEADER + body, 0);
     bytes
 }
 
 /// Takes the sockets out of one datagram; true when the answer is complete.
-fn collect(datagram: &[u8], found: &mut BTreeSet<SocketAddr>) -> io::Result<bool> {
+fn collect(datagram: &[u8], found: &mut dyn FnMut(&[u8])) -> io::Result<bool> {
     let cut = || {
         io::Error::new(
             io::ErrorKind::InvalidData,
@@ -124,9 +146,7 @@ fn collect(datagram: &[u8], found: &mut BTreeSet<SocketAddr>) -> io::Result<bool
                 let code = payload.first_chunk().copied().map_or(0, i32::from_ne_bytes);
                 return Err(io::Error::from_raw_os_error(code.saturating_neg()));
             }
-            _ => {
-                found.extend(address(payload));
-            }
+            _ => found(payload),
         }
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
@@ -134,11 +154,16 @@ fn collect(datagram: &[u8], found: &mut BTreeSet<SocketAddr>) -> io::Result<bool
 }
 
 /// The local address in an `inet_diag_msg`: family at 0, port at 4, address at 8.
-fn address(message: &[u8]) -> Option<SocketAddr> {
-    let port = u16::from_be_bytes(*message.get(4..)?.first_chunk()?);
+fn local_address(message: &[u8]) -> Option<SocketAddr> {
+    address(message, 4, 8)
+}
+
+fn address(message: &[u8], port_at: usize, ip_at: usize) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes(*message.get(port_at..)?.first_chunk()?);
+    let ip = message.get(ip_at..)?;
     let ip = match *message.first()? {
-        AF_INET => IpAddr::from(Ipv4Addr::from(*message.get(8..)?.first_chunk::<4>()?)),
-        AF_INET6 => IpAddr::from(Ipv6Addr::from(*message.get(8..)?.first_chunk::<16>()?)),
+        AF_INET => IpAddr::from(Ipv4Addr::from(*ip.first_chunk::<4>()?)),
+        AF_INET6 => IpAddr::from(Ipv6Addr::from(*ip.first_chunk::<16>()?)),
         _ => return None,
     };
     Some(SocketAddr::new(ip, port))
@@ -172,7 +197,9 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_datagrams_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = collect(&bytes, &mut BTreeSet::new());
+            let _ = collect(&bytes, &mut |message| {
+                connections::parse(message);
+            });
         }
 
         #[test]
@@ -181,7 +208,10 @@ mod tests {
             datagram.extend(kind.to_ne_bytes());
             datagram.extend([0; 10]);
             datagram.extend(bytes);
-            let _ = collect(&datagram, &mut BTreeSet::new());
+            let _ = collect(&datagram, &mut |message| {
+                local_address(message);
+                connections::parse(message);
+            });
         }
     }
 }

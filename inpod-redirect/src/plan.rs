@@ -179,16 +179,17 @@ pub fn host() -> Plan {
     }
 }
 
-/// One captured pod's objects on the node.
-pub fn host_pod(facts: &PodFacts) -> Plan {
-    Plan {
-        name: format!("host-pod-{}", facts.uid),
-        steps: vec![Step::Member(Member {
+/// One captured pod's objects on the node. What was translated before is translated to its end without them.
+pub fn host_pod(facts: &PodFacts, phase: Phase) -> Plan {
+    let mut plan = Plan::empty(format!("host-pod-{}", facts.uid));
+    if phase == Phase::Active {
+        plan.steps.push(Step::Member(Member {
             set: PROBES_SET.to_owned(),
             ip: facts.ip,
             comment: Some(facts.uid.clone()),
-        })],
+        }));
     }
+    plan
 }
 
 fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {

@@ -119,6 +119,8 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
         if_name: event.if_name.clone(),
         mode,
         state: PodState::Pending,
+        live: false,
+        drains_until: None,
     };
     refuse_second_attachment(agent, &pod)?;
     refuse_wrong_place(agent, &pod, &netns, address).await?;
@@ -189,6 +191,5 @@ async fn refuse_wrong_place(
 
 /// Whether an interface of the namespace has this address.
 pub(super) async fn has_address(netns: &Netns, address: IpAddr) -> Result<bool, NetlinkError> {
-    let addresses = Netlink::connect(netns).await?.addresses().await?;
-    Ok(addresses.iter().any(|(_, net)| net.addr() == address))
+    Netlink::connect(netns).await?.has_ip(address).await
 }

@@ -10,6 +10,9 @@
 //! | `GET /v1/verify`, `?pod=P` or `?node` | everything looked at and probed now |
 //! | `GET /v1/effects` | what is wrong with each pod's capture, as last looked at |
 //! | `POST /v1/undo?pod=P` or `?node` | removes exactly that |
+//! | `GET /v1/connections` | how many connections of each pod go through the proxy, and how many do not |
+//! | `POST /v1/enrol` with a pod | captures a running pod |
+//! | `POST /v1/unenrol?pod=P` | stops capturing it, and lets its connections end by themselves |
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,8 +21,8 @@ use host_net::plan::Plan;
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, NotFound};
-use crate::unix_http::Answer;
+use super::{Agent, NotFound, running};
+use crate::unix_http::{Answer, Caller};
 
 /// One plan and where it is applied.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,7 +92,13 @@ impl Subject {
 }
 
 /// Answers one request.
-pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
+pub async fn answer(
+    agent: Arc<Agent>,
+    method: Method,
+    uri: String,
+    body: Vec<u8>,
+    caller: Caller,
+) -> Answer {
     let (path, query) = uri.split_once('?').unwrap_or((uri.as_str(), ""));
     match (method, path) {
         (Method::GET, "/healthz") => match agent.ready() {
@@ -98,6 +107,9 @@ pub async fn answer(agent: Arc<Agent>, method: Method, uri: String) -> Answer {
         },
         (Method::GET, "/v1/pods") => Answer::json(&agent.pods.all()),
         (Method::GET, "/v1/enrolments") => Answer::json(&agent.timings.all()),
+        (Method::GET, "/v1/connections") => Answer::json(&agent.connections_of_all()),
+        (Method::POST, "/v1/enrol") => running::enrol(&agent, &body, &caller).await,
+        (Method::POST, "/v1/unenrol") => running::unenrol(&agent, query).await,
         (Method::GET, "/v1/effects") => Answer::json(&agent.effects.all()),
         (Method::GET, "/v1/verify") if query.is_empty() => {
             about(&agent, None, &Method::GET, path).await

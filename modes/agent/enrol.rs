@@ -25,7 +25,7 @@ const TURN_WITHIN: Duration = Duration::from_millis(3500);
 const AT_ONCE: usize = 8;
 /// How long the proxy may take to confirm that it serves a pod no more. It hears it in any case: if not by this, then by
 /// the next snapshot.
-const CONFIRM_WITHIN: Duration = Duration::from_secs(3);
+pub(super) const CONFIRM_WITHIN: Duration = Duration::from_secs(3);
 /// The same after a failed enrolment, whose time is nearly over.
 const CONFIRM_FAILED_WITHIN: Duration = Duration::from_millis(100);
 /// How long a deleted pod's connections may drain.
@@ -101,6 +101,13 @@ impl Agent {
             pod: name.clone(),
             reason: reason.to_string(),
         })?;
+        let known = self.pods.get(&pod.uid);
+        let known = known.filter(|known| known.netns_id == pod.netns_id);
+        // Whoever repeats it need not know that it was running the first time.
+        let pod = Pod {
+            live: pod.live || known.as_ref().is_some_and(|known| known.live),
+            ..pod
+        };
         let captured = Pod {
             state: PodState::Captured,
             ..pod.clone()
@@ -125,7 +132,15 @@ impl Agent {
         let times = match put {
             Ok(times) => times,
             Err(error) => {
-                if let Err(left) = self.take_away(&pod, CONFIRM_FAILED_WITHIN).await {
+                let taken_back = match pod.live {
+                    // It has connections, perhaps through the proxy.
+                    true => self
+                        .drain(&pod, self.drain_time(known.as_ref()))
+                        .await
+                        .map(drop),
+                    false => self.take_away(&pod, CONFIRM_FAILED_WITHIN).await,
+                };
+                if let Err(left) = taken_back {
                     tracing::error!(
                         pod = name,
                         error = format!("{left:#}"),

@@ -71,7 +71,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, EnrolError> {
 }
 
 impl EnrolError {
-    fn answer(&self) -> Answer {
+    pub(super) fn answer(&self) -> Answer {
         let status = match self {
             EnrolError::Invalid(_) => StatusCode::BAD_REQUEST,
             EnrolError::NotReady { .. } => StatusCode::SERVICE_UNAVAILABLE,

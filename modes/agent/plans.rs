@@ -9,16 +9,20 @@ use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
 use super::node::{MAIN_TABLE, has_ipv6};
-use super::{Agent, Pod};
+use super::{Agent, Pod, PodState};
 use crate::options::Capture;
 
 impl Agent {
-    /// The plans of a pod with their places, in the order of making.
+    /// The plans of a pod in its state with their places, in the order of making.
     pub(super) async fn pod_plans(&self, pod: &Pod) -> anyhow::Result<Vec<(Place, Plan)>> {
         let address = pod
             .ipv4()
             .next()
             .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
+        let phase = match pod.state {
+            PodState::Draining => Phase::Draining,
+            PodState::Pending | PodState::Captured | PodState::Leaving => Phase::Active,
+        };
         match pod.mode {
             Capture::Node => {
                 let setup = self
@@ -32,12 +36,12 @@ impl Agent {
                     host_ip: setup.host_facts.host_ip,
                     main_has_default_route: setup.host_facts.main_has_default_route,
                     // The plugin's pods have no process yet, and so no connection.
-                    live: false,
+                    live: pod.live,
                     ipv6: setup.host_facts.ipv6,
                 };
                 Ok(vec![(
                     self.host_place(),
-                    node_redirect::plan::pod(&facts, self.flow(), Phase::Active),
+                    node_redirect::plan::pod(&facts, phase),
                 )])
             }
             Capture::Inpod => {
@@ -52,10 +56,9 @@ impl Agent {
                     label: format!("pod {}", pod.qualified_name()),
                     netns,
                 };
-                Ok(vec![
-                    (self.host_place(), inpod_redirect::plan::host_pod(&facts)),
-                    (place, inpod_redirect::plan::pod(&facts, Phase::Active)),
-                ])
+                let on_node = inpod_redirect::plan::host_pod(&facts, phase);
+                let in_pod = inpod_redirect::plan::pod(&facts, phase);
+                Ok(vec![(self.host_place(), on_node), (place, in_pod)])
             }
         }
     }

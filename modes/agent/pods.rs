@@ -25,6 +25,8 @@ pub enum PodState {
     Pending,
     /// Listeners stand and the redirect is in place.
     Captured,
+    /// Captures nothing any more; what was captured before goes on for a time.
+    Draining,
     /// Being unenrolled, or something could not be taken away yet.
     Leaving,
 }
@@ -34,6 +36,7 @@ impl std::fmt::Display for PodState {
         f.write_str(match self {
             PodState::Pending => "pending",
             PodState::Captured => "captured",
+            PodState::Draining => "draining",
             PodState::Leaving => "leaving",
         })
     }
@@ -68,6 +71,12 @@ pub struct Pod {
     pub mode: Capture,
     /// How far.
     pub state: PodState,
+    /// Whether it was running when it was enrolled: then it has connections that go on uncaptured.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live: bool,
+    /// While it drains: when that ends, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drains_until: Option<u64>,
 }
 
 impl Pod {
@@ -256,6 +265,8 @@ mod tests {
             if_name: String::new(),
             mode: Capture::Inpod,
             state: PodState::Pending,
+            live: false,
+            drains_until: None,
         }
     }
 

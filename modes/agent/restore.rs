@@ -22,8 +22,12 @@ impl Agent {
     /// and what the journal has of pods that nobody knows.
     pub(super) async fn restore_pods(&self) -> anyhow::Result<()> {
         self.take_away_unknown().await;
-        self.take_away_pods(|pod| pod.state != PodState::Captured || pod.open_netns().is_err())
-            .await;
+        self.resume_draining()?;
+        self.take_away_pods(|pod| {
+            !matches!(pod.state, PodState::Captured | PodState::Draining)
+                || pod.open_netns().is_err()
+        })
+        .await;
         for pod in self.pods.all() {
             let possible = match pod.mode {
                 Capture::Node => self.config.mode.uses_node(),
@@ -63,6 +67,11 @@ impl Agent {
 
     /// Takes away the pods that are not to be: whose namespace is gone, or that are half-way out.
     pub(super) async fn take_away_leftovers(&self) {
+        for pod in self.pods.all() {
+            if pod.open_netns().is_err() {
+                self.follow(&pod).await;
+            }
+        }
         self.take_away_pods(|pod| pod.state == PodState::Leaving || pod.open_netns().is_err())
             .await;
     }
@@ -95,7 +104,9 @@ impl Agent {
     /// through a change, and the node capture's are functions of where the proxy is.
     pub(super) async fn converge_pods(&self, mode: Capture) {
         // A pod that is being enrolled is not waited for: its enrolment may wait for this.
-        let wanted = |pod: &Pod| pod.mode == mode && pod.state == PodState::Captured;
+        let wanted = |pod: &Pod| {
+            pod.mode == mode && matches!(pod.state, PodState::Captured | PodState::Draining)
+        };
         stream::iter(self.pods.all().into_iter().filter(wanted))
             .for_each_concurrent(AT_ONCE, |pod| async move {
                 let _alone = self.busy.lock(&pod.uid).await;

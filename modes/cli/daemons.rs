@@ -59,6 +59,9 @@ pub(crate) struct AgentArgs {
     /// Time between two looks at the captures of all pods, which are put back where something is missing; 0s: never
     #[arg(long, env = "AMBIDEX_VERIFY_EVERY", default_value = "5s", value_name = "DURATION", value_parser = duration::parse)]
     verify_every: Duration,
+    /// How long connections may go on through the proxy when a running pod is unenrolled; 0s: they are reset
+    #[arg(long, env = "AMBIDEX_AGENT_DRAIN", default_value = "1h", value_name = "DURATION", value_parser = duration::parse)]
+    drain: Duration,
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
@@ -76,6 +79,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
         health: args.health,
         metrics: args.metrics,
         verify_every: Some(args.verify_every).filter(|every| !every.is_zero()),
+        drain: args.drain,
     };
     descriptors::make_room();
     let runtime = tokio::runtime::Builder::new_multi_thread()

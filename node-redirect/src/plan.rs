@@ -132,10 +132,7 @@ pub struct PodFacts {
 
 /// Objects on the node, shared by all captured pods.
 pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
-    let mut steps = vec![set(PODS_SET, true)];
-    if flow == Flow::Hybrid {
-        steps.push(set(LIVE_PODS_SET, false));
-    }
+    let mut steps = vec![set(PODS_SET, true), set(LIVE_PODS_SET, false)];
     for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
         steps.push(link(
             tunnel.host,
@@ -266,7 +263,7 @@ pub fn proxy(facts: &ProxyFacts, flow: Flow) -> Plan {
 
 /// One captured pod's objects on the node. The route comes last and leaves first: without the set entry it would send
 /// the node's own packets for the pod into the tunnel.
-pub fn pod(facts: &PodFacts, flow: Flow, phase: Phase) -> Plan {
+pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     let mut plan = Plan::empty(format!("host-pod-{}", facts.uid));
     if phase == Phase::Absent {
         return plan;
@@ -291,7 +288,7 @@ pub fn pod(facts: &PodFacts, flow: Flow, phase: Phase) -> Plan {
             }));
         }
     }
-    if facts.live && flow == Flow::Hybrid {
+    if facts.live {
         plan.steps.push(Step::Member(Member {
             set: LIVE_PODS_SET.to_owned(),
             ip: facts.ip,
@@ -315,6 +312,9 @@ pub fn pod(facts: &PodFacts, flow: Flow, phase: Phase) -> Plan {
     }));
     plan
 }
+
+/// Begins a connection: `--syn` as `iptables-save` prints it.
+const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
 
 fn set(name: &str, comments: bool) -> Step {
     Step::Set(Set {

@@ -1,17 +1,25 @@
 //! One iptables program, started in a network namespace, with a limit on its time.
 
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::IptablesError;
 use crate::netns::Netns;
 
 /// Far above what a restore takes (milliseconds; 0.6 s on the slowest kernel known) plus the wait for the lock.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// Where programs are looked for when PATH does not name them.
+const SEARCHED: [&str; 5] = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// `iptables-legacy` takes an exclusive lock on this file (default `/run/xtables.lock`, one for the whole machine).
 const LOCK_VARIABLE: &str = "XTABLES_LOCKFILE";
@@ -45,14 +53,15 @@ fn run_within(
     limit: Duration,
 ) -> Result<Finished, IptablesError> {
     let start = |source| IptablesError::Start { program, source };
-    let mut command = Command::new(program);
+    let mut stderr = in_memory("").map_err(start)?;
+    let (said, stdout) = UnixStream::pair().map_err(start)?;
+    let mut command = Command::new(found(program));
     command
         .args(args)
         .env("LC_ALL", "C")
-        .env("PATH", search_path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+        .stdin(in_memory(input).map_err(start)?)
+        .stdout(OwnedFd::from(stdout))
+        .stderr(stderr.try_clone().map_err(start)?);
     if !shares_the_machine_lock(netns) {
         command.env(LOCK_VARIABLE, NAMESPACE_LOCK);
     }
@@ -64,7 +73,10 @@ fn run_within(
             source,
         })?
         .map_err(start)?;
-    let (status, stdout, stderr) = finish(child, input.to_owned(), limit).map_err(start)?;
+    // With it goes this process's copy of the child's end, so that its exit is the end of what it says.
+    drop(command);
+    let (status, stdout) = finish(child, said, limit).map_err(start)?;
+    let stderr = text_of(&mut stderr).map_err(start)?;
     match status {
         Some(status) => Ok(Finished {
             status,
@@ -89,63 +101,73 @@ fn shares_the_machine_lock(netns: &Netns) -> bool {
     main.is_ok_and(|main| (main.dev(), main.ino()) == (netns.id().dev, netns.id().ino))
 }
 
-/// A CNI plugin is started with little or no PATH.
-fn search_path() -> String {
-    let inherited = std::env::var("PATH").unwrap_or_default();
-    let separator = if inherited.is_empty() { "" } else { ":" };
-    format!("{inherited}{separator}/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
+/// The program's path, looked for where the standard library would, and where a CNI plugin, which is started with little
+/// or no PATH, would not find it. By a path, and with the environment's PATH as it is, a program is started without a copy of
+/// this process: that takes milliseconds, and is paid for each pod.
+fn found(program: &str) -> PathBuf {
+    let inherited = std::env::var_os("PATH").unwrap_or_default();
+    let usual = SEARCHED.iter().map(PathBuf::from);
+    std::env::split_paths(&inherited)
+        .filter(|place| place.is_absolute())
+        .chain(usual)
+        .map(|place| place.join(program))
+        .find(|path| path.is_file())
+        // The error of starting it says that it is missing.
+        .unwrap_or_else(|| PathBuf::from(program))
 }
 
-/// Feeds the child, collects what it says, and waits; no status when it had to be killed. The pipes have a thread
-/// each, so that neither side can block the other. After a kill their threads are left to end by themselves: a
-/// grandchild may hold the pipes.
+/// A file in memory: unlike a pipe, nobody has to stand by to feed or to empty it.
+fn in_memory(text: &str) -> io::Result<File> {
+    let mut file = File::from(memfd_create(c"iptables", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    file.rewind()?;
+    Ok(file)
+}
+
+fn text_of(file: &mut File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Collects what the child says, and waits for it; no status when it had to be killed. A grandchild may hold the socket
+/// longer than the child lives: it is not waited for beyond the limit.
 fn finish(
     mut child: Child,
-    input: String,
+    mut said: UnixStream,
     limit: Duration,
-) -> io::Result<(Option<ExitStatus>, String, String)> {
+) -> io::Result<(Option<ExitStatus>, String)> {
     let deadline = Instant::now() + limit;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A child that fails early closes its end: its status tells more than the broken pipe.
-        thread::spawn(move || {
-            let _ = stdin.write_all(input.as_bytes());
-        });
-    }
-    let stdout = child.stdout.take().map(collect);
-    let stderr = child.stderr.take().map(collect);
-    let mut texts = [String::new(), String::new()];
-    for (text, receiver) in texts.iter_mut().zip([stdout, stderr]) {
+    let mut text = Vec::new();
+    let mut buffer = [0; 16 << 10];
+    loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        match receiver.map(|receiver| receiver.recv_timeout(left)) {
-            Some(Ok(collected)) => *text = collected,
-            Some(Err(_)) => break,
-            None => {}
+        if left.is_zero() {
+            break;
+        }
+        said.set_read_timeout(Some(left))?;
+        match said.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => text.extend_from_slice(&buffer[..length]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
         }
     }
-    let [stdout, stderr] = texts;
+    let text = String::from_utf8_lossy(&text).into_owned();
     let mut pause = Duration::from_micros(100);
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok((Some(status), stdout, stderr));
+            return Ok((Some(status), text));
         }
         if Instant::now() >= deadline {
             child.kill()?;
             child.wait()?;
-            return Ok((None, stdout, stderr));
+            return Ok((None, text));
         }
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
-}
-
-fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = pipe.read_to_end(&mut bytes);
-        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
-    });
-    receiver
 }
 
 #[cfg(test)]

@@ -162,6 +162,24 @@ impl Netlink {
         Ok(listed.collect())
     }
 
+    /// Whether any device has this address. Costs nothing for devices without addresses: their names are not asked for.
+    pub async fn has_ip(&self, ip: IpAddr) -> Result<bool, NetlinkError> {
+        let mut request = AddressMessage::default();
+        request.header.family = match ip {
+            IpAddr::V4(_) => AddressFamily::Inet,
+            IpAddr::V6(_) => AddressFamily::Inet6,
+        };
+        let answer = self.list(RouteNetlinkMessage::GetAddress(request)).await;
+        let messages = answer.map_err(|e| NetlinkError::kernel("list of addresses", e))?;
+        let nameless = BTreeMap::new();
+        Ok(messages.iter().any(|message| match message {
+            RouteNetlinkMessage::NewAddress(address) => {
+                parse(address, &nameless).is_some_and(|found| found.addr.addr() == ip)
+            }
+            _ => false,
+        }))
+    }
+
     /// Device names by index.
     pub(super) async fn names(&self) -> Result<BTreeMap<u32, String>, NetlinkError> {
         let links = self.links().await?;

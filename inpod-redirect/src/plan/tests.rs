@@ -38,7 +38,10 @@ fn with_dns() {
 #[test]
 fn node() {
     snapshot("host", &host());
-    snapshot("host_pod", &host_pod(&facts()));
+    snapshot("host_pod", &host_pod(&facts(), Phase::Active));
+    for phase in [Phase::Draining, Phase::Absent] {
+        assert_eq!(host_pod(&facts(), phase).steps, []);
+    }
 }
 
 #[test]

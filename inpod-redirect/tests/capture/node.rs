@@ -182,7 +182,7 @@ impl Node {
             self.relays.insert(pod.netns, relay);
             self.apply(H, &Plan::empty("host-inpod"), &plan::host())
                 .await;
-            let host_pod = plan::host_pod(&facts(pod));
+            let host_pod = plan::host_pod(&facts(pod), phase);
             self.apply(H, &Plan::empty(host_pod.name.clone()), &host_pod)
                 .await;
         }
@@ -213,7 +213,7 @@ impl Node {
         let in_pod = self.enrolled.remove(A.netns).unwrap();
         for (at, plan) in [
             (A, in_pod),
-            (H, plan::host_pod(&facts(A))),
+            (H, plan::host_pod(&facts(A), Phase::Active)),
             (H, plan::host()),
         ] {
             let (place, journal) = self.place(at);

@@ -143,17 +143,14 @@ fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
         format!("-i {veth} {}", set_mark(MARK_CONN_SKIP)),
         format!("! -p tcp {skip}"),
     ]);
-    if flow == Flow::Hybrid {
-        // Connections older than their pod's capture: conntrack knows them and they carry none of the marks above, or
-        // (if conntrack was off when they began) they go on without a SYN. The tunnel flow, as the field's, does without:
-        // there such connections are captured and break.
-        let not_syn = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m set --match-set";
-        rules.extend([
-            format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),
-            format!("{not_syn} {LIVE_PODS_SET} src {skip}"),
-            format!("{not_syn} {LIVE_PODS_SET} dst {skip}"),
-        ]);
-    }
+    // Connections older than their pod's capture: conntrack knows them and they carry none of the marks above, or (if
+    // conntrack was off when they began) they go on without a SYN.
+    let not_syn = format!("-p tcp -m tcp ! {SYN} -m set --match-set");
+    rules.extend([
+        format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),
+        format!("{not_syn} {LIVE_PODS_SET} src {skip}"),
+        format!("{not_syn} {LIVE_PODS_SET} dst {skip}"),
+    ]);
     rules.extend([
         skipped,
         format!(

@@ -80,21 +80,22 @@ fn dns_in_both_flows(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
 
 #[test]
 fn pod_in_every_phase() {
-    let plan = |phase| pod(&pod_facts(), Flow::Hybrid, phase);
+    let plan = |phase| pod(&pod_facts(), phase);
     snapshot("pod_active", &plan(Phase::Active));
     snapshot("pod_draining", &plan(Phase::Draining));
     assert_eq!(plan(Phase::Absent).steps, []);
 }
 
-#[test]
-fn only_hybrid_tells_older_connections_apart() {
-    let tunnel = [
-        as_commands(&host(&host_facts(), Flow::Tunnel)),
-        as_commands(&pod(&pod_facts(), Flow::Tunnel, Phase::Active)),
-    ];
-    for command in tunnel.concat() {
-        assert!(!command.contains(LIVE_PODS_SET), "{command}");
-        assert!(!command.contains("ctstate"), "{command}");
+#[rstest]
+fn older_connections_are_told_apart(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
+    let commands = as_commands(&host(&host_facts(), flow));
+    let skips = |what: &str| {
+        let mut rules = commands.iter();
+        rules.any(|rule| rule.contains(what) && rule.ends_with(&format!("--set-xmark {MARK_SKIP}")))
+    };
+    assert!(skips("--ctstate RELATED,ESTABLISHED"));
+    for direction in ["src", "dst"] {
+        assert!(skips(&format!("--match-set {LIVE_PODS_SET} {direction}")));
     }
 }
 
@@ -104,7 +105,7 @@ fn a_pod_captured_since_birth_is_not_in_the_live_set() {
         live: false,
         ..pod_facts()
     };
-    let commands = as_commands(&pod(&facts, Flow::Hybrid, Phase::Active));
+    let commands = as_commands(&pod(&facts, Phase::Active));
     assert!(
         !commands
             .iter()
@@ -126,7 +127,6 @@ fn without_ipv6_nothing_is_done_about_it() {
             ipv6: false,
             ..pod_facts()
         },
-        Flow::Hybrid,
         Phase::Active,
     );
     for plan in [host_plan, pod_plan] {

@@ -215,9 +215,12 @@ async fn captured_connections_outlive_the_capture_and_a_conntrack_flush(
     assert_eq!(lab.seen(), [], "{flow}: nothing new is captured");
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn hybrid_leaves_connections_alone_that_are_older_than_the_capture() {
-    let mut lab = Lab::up(Flow::Hybrid, SameNode::Hbone).await;
+async fn connections_that_are_older_than_the_capture_are_left_alone(
+    #[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow,
+) {
+    let mut lab = Lab::up(flow, SameNode::Hbone).await;
     lab.pod_phase(Phase::Absent, false).await;
     let mut old = Vec::new();
     for (from, to) in [(A, at(U)), (V, at(A))] {
@@ -233,7 +236,7 @@ async fn hybrid_leaves_connections_alone_that_are_older_than_the_capture() {
             let alive = timeout(PATIENCE, connection.echo(20_000)).await;
             assert!(
                 matches!(alive, Ok(Ok(()))),
-                "{what}: {from} {to}: {alive:?}"
+                "{flow}: {what}: {from} {to}: {alive:?}"
             );
         }
         lab.flush_conntrack();

@@ -93,7 +93,7 @@ impl Lab {
             flow,
             log: Log::default(),
             tasks: Vec::new(),
-            pod_a: plan::pod(&pod_facts(A, false), flow, Phase::Active),
+            pod_a: plan::pod(&pod_facts(A, false), Phase::Active),
             journals: tempfile::tempdir().unwrap(),
             untouched: Vec::new(),
         };
@@ -126,7 +126,7 @@ impl Lab {
             for pod in pods {
                 lab.make(
                     node.netns,
-                    &plan::pod(&pod_facts(*pod, false), flow, Phase::Active),
+                    &plan::pod(&pod_facts(*pod, false), Phase::Active),
                 )
                 .await;
             }
@@ -148,7 +148,7 @@ impl Lab {
 
     /// Moves pod A, on node 1, to another phase; `live`: as a pod that was running before.
     pub async fn pod_phase(&mut self, phase: Phase, live: bool) {
-        let to = plan::pod(&pod_facts(A, live), self.flow, phase);
+        let to = plan::pod(&pod_facts(A, live), phase);
         let from = std::mem::replace(&mut self.pod_a, to.clone());
         self.apply(H1.netns, &from, &to).await;
     }
@@ -179,7 +179,7 @@ impl Lab {
     pub async fn remove_plans(&self) {
         for (node, _, proxy, pods) in nodes() {
             let pods = pods.iter().map(|pod| {
-                let plan = plan::pod(&pod_facts(*pod, false), self.flow, Phase::Active);
+                let plan = plan::pod(&pod_facts(*pod, false), Phase::Active);
                 (node.netns, plan)
             });
             let shared = [

@@ -11,8 +11,10 @@ use crate::capture::LocalWorkload;
 use crate::drain::{Drain, Drainer, Signal};
 use crate::telemetry::OpenConnections;
 
-/// Time between two looks at what is left.
+/// Time between the first two looks at what is left; each next one is twice as long, up to [`LOOKS_AT_LEAST_EVERY`].
 const LOOKS_EVERY: Duration = Duration::from_millis(5);
+/// Longest time between two looks: a running pod may drain for hours.
+const LOOKS_AT_LEAST_EVERY: Duration = Duration::from_millis(320);
 /// How long tasks that were told to end are waited for.
 const CUT_WITHIN: Duration = Duration::from_millis(500);
 
@@ -70,7 +72,13 @@ impl Core {
 
 async fn all_ended(connections: &OpenConnections, within: Duration) {
     let deadline = Instant::now() + within;
-    while connections.left() > 0 && Instant::now() < deadline {
-        sleep(LOOKS_EVERY).await;
+    let mut pause = LOOKS_EVERY;
+    while connections.left() > 0 {
+        let time = deadline.saturating_duration_since(Instant::now());
+        if time.is_zero() {
+            return;
+        }
+        sleep(pause.min(time)).await;
+        pause = (pause * 2).min(LOOKS_AT_LEAST_EVERY);
     }
 }

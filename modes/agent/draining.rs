@@ -1,0 +1,276 @@
+//! A running pod leaves the mesh, and its connections do not notice.
+//!
+//! What captures goes first, so that nothing more comes to the proxy; what carries the connections that were captured
+//! stays: in the pod the hooks of its tables, the marks' chains, the rule and the route by which answers find the proxy, on
+//! the node the reverse path filter. When the last of them has ended, or the time is over, that goes too. A pod that drains
+//! is on the list as such, so an agent that starts meanwhile goes on where the last one ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::anyhow;
+use host_net::sockets::{Connection, connections};
+use inpod_redirect::facts::MARK_PROXY;
+use serde::{Deserialize, Serialize};
+use shared_proxy::capture::{DNS_PORT, OUTBOUND_PORT};
+use tokio::time::{sleep, timeout};
+
+use super::enrol::CONFIRM_WITHIN;
+use super::{Agent, Pod, PodState};
+use crate::options::Capture;
+
+/// Time between two looks at what is left of the connections of pods that drain.
+const LOOKS_EVERY: Duration = Duration::from_secs(1);
+/// The proxy resets what is left at the deadline; the resets find their way for as long.
+const RESETS_WITHIN: Duration = Duration::from_secs(1);
+
+/// Open TCP connections of a pod, by the way that they go.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodConnections {
+    /// UID of the pod.
+    pub uid: String,
+    /// Those that do not go through the proxy: they began before the pod was captured or after that ended, or come from the
+    /// node itself.
+    pub outside: usize,
+    /// Those that go through the proxy.
+    pub through: usize,
+    /// Those by IPv6: a captured pod has none, so they were cut.
+    #[serde(default)]
+    pub cut: usize,
+}
+
+/// What is said of a pod that leaves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LettingGo {
+    /// `namespace/name`.
+    pub pod: String,
+    /// Connections that go on through the proxy.
+    pub through: usize,
+    /// For so many seconds at most.
+    pub seconds: u64,
+}
+
+/// The proxy's ends of the connections that are waited for, by UID of the pod.
+#[derive(Debug, Default)]
+pub(super) struct Awaited(Mutex<BTreeMap<String, BTreeSet<Connection>>>);
+
+impl Awaited {
+    /// How many are left of those that were there at the first look: what begins later is another pod's.
+    fn left(&self, uid: &str, present: BTreeSet<Connection>) -> usize {
+        let mut awaited = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match awaited.get_mut(uid) {
+            Some(left) => {
+                left.retain(|end| present.contains(end));
+                left.len()
+            }
+            None => {
+                let count = present.len();
+                awaited.insert(uid.to_owned(), present);
+                count
+            }
+        }
+    }
+
+    fn forget(&self, uid: &str) {
+        let mut awaited = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        awaited.remove(uid);
+    }
+}
+
+impl Agent {
+    /// Stops capturing a running pod: what is new passes beside the proxy, what is open goes on for up to `within`.
+    pub(super) async fn let_go(&self, uid: &str, within: Duration) -> anyhow::Result<LettingGo> {
+        let _alone = self.busy.lock(uid).await;
+        let pod = self
+            .pods
+            .get(uid)
+            .filter(|pod| matches!(pod.state, PodState::Captured | PodState::Draining))
+            .ok_or_else(|| anyhow!("the pod is not captured"))?;
+        self.drain(&pod, within).await
+    }
+
+    /// As [`Agent::let_go`], of a pod that nobody else is busy with.
+    pub(super) async fn drain(&self, pod: &Pod, within: Duration) -> anyhow::Result<LettingGo> {
+        let name = pod.qualified_name();
+        let pod = Pod {
+            state: PodState::Draining,
+            drains_until: Some(now().saturating_add(within.as_secs())),
+            ..pod.clone()
+        };
+        self.awaited.forget(&pod.uid);
+        self.pods.put(pod.clone())?;
+        self.make_redirect(&pod).await?;
+        // The proxy first takes what waits in its queues, then no more.
+        match timeout(CONFIRM_WITHIN, self.zds.del(&pod.uid, within)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod drains");
+            }
+            Err(_) => tracing::warn!(
+                pod = name,
+                "the proxy did not confirm within {CONFIRM_WITHIN:?} that a pod drains"
+            ),
+        }
+        let ends = self.proxy_ends(&pod)?;
+        self.awaited.left(&pod.uid, ends.into_iter().collect());
+        let through = self.connections_of(&pod).map_or(0, |all| all.through);
+        tracing::info!(
+            pod = name,
+            through,
+            within = ?within,
+            "pod captures nothing new; its connections through the proxy go on"
+        );
+        Ok(LettingGo {
+            pod: name,
+            through,
+            seconds: within.as_secs(),
+        })
+    }
+
+    /// How long a pod may drain: as long as was said before, or else the agent's own time.
+    pub(super) fn drain_time(&self, known: Option<&Pod>) -> Duration {
+        known
+            .and_then(|pod| pod.drains_until)
+            .map_or(self.config.drain, |until| {
+                Duration::from_secs(until.saturating_sub(now()))
+            })
+    }
+
+    /// A running pod that an earlier agent was enrolling may have connections through the proxy by now: it drains.
+    pub(super) fn resume_draining(&self) -> anyhow::Result<()> {
+        for pod in self.pods.all() {
+            if pod.live && pod.state == PodState::Pending {
+                let within = self.drain_time(Some(&pod));
+                self.pods.put(Pod {
+                    state: PodState::Draining,
+                    drains_until: Some(now().saturating_add(within.as_secs())),
+                    ..pod
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what has drained, for ever.
+    pub(super) async fn attend_drains(&self) {
+        loop {
+            sleep(LOOKS_EVERY).await;
+            let drains = |pod: &Pod| pod.state == PodState::Draining;
+            for pod in self.pods.all().into_iter().filter(drains) {
+                if let Err(error) = self.end_if_drained(&pod).await {
+                    tracing::error!(
+                        pod = pod.qualified_name(),
+                        error = format!("{error:#}"),
+                        "a pod that has drained left something behind"
+                    );
+                }
+            }
+        }
+    }
+
+    async fn end_if_drained(&self, pod: &Pod) -> anyhow::Result<()> {
+        // Where the kernel cannot be asked, the time decides.
+        let left = self
+            .proxy_ends(pod)
+            .ok()
+            .map(|ends| self.awaited.left(&pod.uid, ends.into_iter().collect()));
+        let until = pod.drains_until.unwrap_or_default();
+        let over = now() >= until.saturating_add(RESETS_WITHIN.as_secs());
+        if left != Some(0) && !over {
+            return Ok(());
+        }
+        let mut ended = false;
+        // Whoever enrolled or drained it anew meanwhile has changed its entry.
+        self.unenrol(&pod.uid, |found| found == pod).await?;
+        if self.pods.get(&pod.uid).is_none() {
+            self.awaited.forget(&pod.uid);
+            ended = true;
+        }
+        if ended {
+            tracing::info!(
+                pod = pod.qualified_name(),
+                cut = left.unwrap_or_default(),
+                "pod has drained"
+            );
+        }
+        Ok(())
+    }
+
+    /// The open connections of every pod that can be looked into.
+    pub(super) fn connections_of_all(&self) -> Vec<PodConnections> {
+        let pods = self.pods.all();
+        pods.iter()
+            .filter_map(|pod| self.connections_of(pod).ok())
+            .collect()
+    }
+
+    /// The open connections of a pod.
+    pub(super) fn connections_of(&self, pod: &Pod) -> anyhow::Result<PodConnections> {
+        let in_pod = connections(&pod.open_netns()?)?;
+        let proxys = self.proxy_ends(pod)?;
+        Ok(count(pod, &in_pod, &proxys))
+    }
+
+    /// The proxy's sockets that speak with the pod, or for it.
+    fn proxy_ends(&self, pod: &Pod) -> anyhow::Result<Vec<Connection>> {
+        let mut ends = match pod.mode {
+            Capture::Inpod => connections(&pod.open_netns()?)?,
+            Capture::Node => {
+                let setup = self
+                    .node_setup()
+                    .ok_or_else(|| anyhow!("no proxy has connected since the agent started"))?;
+                connections(&setup.proxy)?
+            }
+        };
+        let of_pod = |at: SocketAddr| pod.addresses.contains(&at.ip());
+        ends.retain(|end| match pod.mode {
+            Capture::Inpod => is_proxys(end),
+            Capture::Node => of_pod(end.local) || of_pod(end.peer),
+        });
+        Ok(ends)
+    }
+}
+
+fn is_proxys(end: &Connection) -> bool {
+    end.mark & MARK_PROXY.mask == MARK_PROXY.value
+}
+
+/// An application's connection goes through the proxy if the proxy has a socket that speaks with it: with the address of
+/// its peer, or, for redirected ones, from one of the ports that they are redirected to.
+fn count(pod: &Pod, in_pod: &[Connection], proxys: &[Connection]) -> PodConnections {
+    let peers: BTreeSet<(SocketAddr, SocketAddr)> =
+        proxys.iter().map(|end| (end.peer, end.local)).collect();
+    let redirected: BTreeSet<SocketAddr> = proxys
+        .iter()
+        .filter(|end| [OUTBOUND_PORT, DNS_PORT].contains(&end.local.port()))
+        .map(|end| end.peer)
+        .collect();
+    let within = |ip: IpAddr| ip.is_loopback() || pod.addresses.contains(&ip);
+    let mut counted = PodConnections {
+        uid: pod.uid.clone(),
+        ..PodConnections::default()
+    };
+    for end in in_pod {
+        if is_proxys(end) {
+            continue;
+        }
+        if redirected.contains(&end.local) || peers.contains(&(end.local, end.peer)) {
+            counted.through += 1;
+        } else if within(end.peer.ip()) {
+            continue;
+        } else if end.peer.is_ipv6() && pod.state != PodState::Draining {
+            counted.cut += 1;
+        } else {
+            counted.outside += 1;
+        }
+    }
+    counted
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

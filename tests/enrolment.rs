@@ -1,0 +1,371 @@
+//! Running pods come into the mesh and leave it, and their connections do not notice.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "applications of a test, no part of the proxy"
+)]
+
+mod harness;
+mod runtime;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
+use harness::{Scene, eventually, own};
+use host_net::netns::Netns;
+use lab::standing::Daemon;
+use rstest::rstest;
+use runtime::{Sandbox, ambidex, assert_same, dumps, pods, start_agent, state_of};
+use serde_json::Value;
+
+/// The pod that comes and goes.
+const SUBJECT: &str = "pod1-2";
+/// Where the applications of these tests listen.
+const PORT: u16 = 8097;
+/// Connections in each direction.
+const EACH_WAY: usize = 20;
+/// Far over what an answer takes, on whatever machine: a connection that is silent for so long is broken.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// Bytes of a message.
+const MESSAGE: usize = 3000;
+
+/// An application that says back what it hears, on every connection.
+struct Echo {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    fn start(scene: &Scene, target: &str) -> Self {
+        let netns = scene.lab.netns(target).unwrap();
+        let listener = netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
+        let listener = listener.unwrap().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let ends = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&ends);
+        let thread = std::thread::spawn(move || {
+            while !flag.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok((stream, _)) => drop(std::thread::spawn(move || say_back(stream))),
+                    Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                }
+            }
+        });
+        Self {
+            ends,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn say_back(mut stream: TcpStream) {
+    stream.set_nonblocking(false).unwrap();
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..length]).is_err() {
+            return;
+        }
+    }
+}
+
+/// A connection, and what its user saw of it.
+struct Talk {
+    what: String,
+    stream: TcpStream,
+    ends: Arc<AtomicBool>,
+    messages: Arc<AtomicU64>,
+    wanted: Arc<AtomicU64>,
+    broken: Arc<Mutex<Option<String>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Talk {
+    /// Opens a connection and sends a message. An idle one speaks again when it is asked to, others all the time.
+    fn open(scene: &Scene, from: &str, to: SocketAddr, idle: bool) -> Self {
+        let what = format!("{} from {from} to {to}", if idle { "idle" } else { "busy" });
+        let netns = scene.lab.netns(from).unwrap();
+        let stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE));
+        let mut stream = stream.unwrap().unwrap_or_else(|e| panic!("{what}: {e}"));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        message(&mut stream, 0).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let mut talk = Self {
+            what,
+            stream: stream.try_clone().unwrap(),
+            ends: Arc::default(),
+            messages: Arc::new(AtomicU64::new(1)),
+            wanted: Arc::new(AtomicU64::new(1)),
+            broken: Arc::default(),
+            thread: None,
+        };
+        let (ends, messages, wanted, broken) = (
+            Arc::clone(&talk.ends),
+            Arc::clone(&talk.messages),
+            Arc::clone(&talk.wanted),
+            Arc::clone(&talk.broken),
+        );
+        talk.thread = Some(std::thread::spawn(move || {
+            while !ends.load(Ordering::Relaxed) {
+                let sent = messages.load(Ordering::Relaxed);
+                if idle && sent >= wanted.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(20));
+                    continue;
+                }
+                if let Err(error) = message(&mut stream, sent) {
+                    if !ends.load(Ordering::Relaxed) {
+                        *broken.lock().unwrap() = Some(error.to_string());
+                    }
+                    return;
+                }
+                messages.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(25));
+            }
+        }));
+        talk
+    }
+
+    fn broken(&self) -> Option<String> {
+        let broken = self.broken.lock().unwrap();
+        broken
+            .as_ref()
+            .map(|error| format!("{}: {error}", self.what))
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Sends a message that no other one is like, and compares every byte of what comes back.
+fn message(stream: &mut TcpStream, number: u64) -> std::io::Result<()> {
+    let byte = |at: usize| (number.wrapping_mul(31) as usize).wrapping_add(at * 7) as u8;
+    let sent: Vec<u8> = (0..MESSAGE).map(byte).collect();
+    stream.write_all(&sent)?;
+    let mut heard = vec![0; MESSAGE];
+    stream.read_exact(&mut heard)?;
+    if sent == heard {
+        Ok(())
+    } else {
+        Err(std::io::Error::other("other bytes came back"))
+    }
+}
+
+/// Connections of the subject: to these pods, and from them.
+fn open_both_ways(scene: &Scene, peers: &[&str]) -> Vec<Talk> {
+    let mut talks = Vec::new();
+    for at in 0..EACH_WAY {
+        let peer = peers[at % peers.len()];
+        let idle = at % 4 < 2;
+        let to = |target: &str| SocketAddr::from((scene.ip(target), PORT));
+        talks.push(Talk::open(scene, SUBJECT, to(peer), idle));
+        talks.push(Talk::open(scene, peer, to(SUBJECT), idle));
+    }
+    talks
+}
+
+/// All of them say something after this moment, and hear it back.
+#[track_caller]
+fn assert_alive(when: &str, talks: &[Talk]) {
+    let goals: Vec<u64> = talks
+        .iter()
+        .map(|talk| {
+            let goal = talk.messages.load(Ordering::Relaxed) + 2;
+            talk.wanted.store(goal, Ordering::Relaxed);
+            goal
+        })
+        .collect();
+    let limit = Instant::now() + PATIENCE;
+    loop {
+        let broken: Vec<String> = talks.iter().filter_map(Talk::broken).collect();
+        assert!(
+            broken.is_empty(),
+            "{when}: {} broken: {broken:#?}",
+            broken.len()
+        );
+        let silent: Vec<&str> = talks
+            .iter()
+            .zip(&goals)
+            .filter(|(talk, goal)| talk.messages.load(Ordering::Relaxed) < **goal)
+            .map(|(talk, _)| talk.what.as_str())
+            .collect();
+        if silent.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < limit, "{when}: silent: {silent:#?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn enrol(scene: &Scene) -> String {
+    let sandbox = Sandbox::of(&scene.lab, SUBJECT);
+    let arguments = format!(
+        "enrol {}/{SUBJECT} --netns {} --uid {} --service-account {}",
+        sandbox.namespace,
+        sandbox.netns.display(),
+        sandbox.uid,
+        sandbox.service_account
+    );
+    ambidex(&scene.lab, &arguments).with_code(0)
+}
+
+fn unenrol(scene: &Scene, flags: &str) -> String {
+    let namespace = scene.pod(SUBJECT).namespace;
+    let arguments = format!("unenrol {namespace}/{SUBJECT}{flags}");
+    ambidex(&scene.lab, &arguments).with_code(0)
+}
+
+/// Connections of the subject outside the mesh, and through the proxy, as the agent counts them.
+fn counted(scene: &Scene) -> (u64, u64) {
+    let (status, body) = runtime::request(&scene.lab, "agent.sock", "GET /v1/connections", b"");
+    assert_eq!(status, 200, "{body}");
+    let all: Vec<Value> = serde_json::from_str(&body).unwrap();
+    let uid = scene.pod(SUBJECT).uid;
+    let of_pod = all.iter().find(|pod| pod["uid"] == uid.as_str()).unwrap();
+    let number = |key: &str| of_pod[key].as_u64().unwrap();
+    (number("outside"), number("through"))
+}
+
+fn state(scene: &Scene) -> Option<String> {
+    state_of(&scene.lab, &scene.pod(SUBJECT).uid)
+}
+
+/// Connections from before the capture stay outside the mesh, captured ones go on when it ends, and all of them when it
+/// comes again; an agent that is killed meanwhile changes nothing. What is left of the capture goes with the last of them.
+#[rstest]
+fn connections_of_a_running_pod_go_on(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = own(&variant.spec());
+    let lab = &scene.lab;
+    let places = [SUBJECT, "node1", "proxy1"];
+    lab.del_pod(SUBJECT).unwrap();
+    let apart = dumps(lab, &places);
+    let all = ["plain1", "plain2", "pod2-1", SUBJECT];
+    let _servers = all.map(|target| Echo::start(&scene, target));
+    let each = 2 * EACH_WAY as u64;
+
+    let before = open_both_ways(&scene, &["plain1", "plain2"]);
+    let said = enrol(&scene);
+    assert!(
+        said.contains(&format!("{each} open connection(s) kept outside")),
+        "{said}"
+    );
+    assert_alive("enrolled", &before);
+    assert_eq!(counted(&scene), (each, 0));
+    let captured = open_both_ways(&scene, &["plain2", "pod2-1"]);
+    assert_eq!(counted(&scene), (each, each), "new ones are captured");
+
+    let said = unenrol(&scene, " --drain 10m");
+    assert!(
+        said.contains(&format!("{each} connection(s) through the proxy go on")),
+        "{said}"
+    );
+    assert_eq!(state(&scene).as_deref(), Some("draining"));
+    let between = open_both_ways(&scene, &["plain1", "plain2"]);
+    for (when, talks) in [
+        ("before", &before),
+        ("captured", &captured),
+        ("between", &between),
+    ] {
+        assert_alive(&format!("unenrolled, {when}"), talks);
+    }
+    assert_eq!(counted(&scene), (2 * each, each), "nothing new is captured");
+    lab.kill(1, Daemon::Agent).unwrap();
+    start_agent(lab);
+    assert_eq!(state(&scene).as_deref(), Some("draining"));
+    assert_alive("another agent", &captured);
+
+    let said = enrol(&scene);
+    assert!(
+        said.contains(&format!("{} open connection(s)", 2 * each)),
+        "{said}"
+    );
+    assert_eq!(scene.seen(SUBJECT, scene.at("pod2-1")), scene.ip(SUBJECT));
+    for (when, talks) in [
+        ("before", &before),
+        ("captured", &captured),
+        ("between", &between),
+    ] {
+        assert_alive(&format!("enrolled again, {when}"), talks);
+    }
+    assert_eq!(counted(&scene), (2 * each, each));
+
+    unenrol(&scene, " --drain 10m");
+    assert_alive("unenrolled again", &captured);
+    drop(captured);
+    eventually("nothing is left of the capture", PATIENCE, || {
+        state(&scene).is_none()
+    });
+    assert_same("drained", &apart, &dumps(lab, &places));
+    assert_alive("nobody cares any more", &before);
+    assert_alive("nobody cares any more", &between);
+}
+
+/// The time to drain is over: captured connections are reset, others are not touched, and nothing is left. So does a
+/// removal without drain, which shows that these tests see connections break.
+#[rstest]
+fn draining_ends(
+    #[values(NodeHybrid, Inpod)] variant: Variant,
+    #[values(" --drain 2s --wait", " --drain 0s --wait")] flags: &str,
+) {
+    let scene = own(&variant.spec());
+    let lab = &scene.lab;
+    let places = [SUBJECT, "node1", "proxy1"];
+    lab.del_pod(SUBJECT).unwrap();
+    let apart = dumps(lab, &places);
+    let _servers = ["plain2", SUBJECT].map(|target| Echo::start(&scene, target));
+    let before = open_both_ways(&scene, &["plain2"]);
+    enrol(&scene);
+    let captured = open_both_ways(&scene, &["plain2"]);
+    unenrol(&scene, flags);
+    assert_eq!(state(&scene), None);
+    assert_same("drained", &apart, &dumps(lab, &places));
+    for talk in &captured {
+        talk.wanted.store(u64::MAX, Ordering::Relaxed);
+    }
+    eventually("captured connections are cut", PATIENCE, || {
+        captured.iter().all(|talk| talk.broken().is_some())
+    });
+    assert_alive("older than the capture", &before);
+}
+
+/// A namespace that has come to the path of a captured pod's, and has the pod's address, is the pod's: it is captured there.
+#[rstest]
+fn a_pod_whose_namespace_was_replaced_is_captured_again(
+    #[values(NodeHybrid, Inpod)] variant: Variant,
+) {
+    let mut spec = variant.spec();
+    spec.mends = true;
+    let scene = own(&spec);
+    let lab = &scene.lab;
+    let moved = Sandbox::wired(lab, "moved1", [10, 244, 1, 103].into());
+    moved.add(lab);
+    moved.destroy(lab);
+    Netns::create_named(moved.netns.file_name().unwrap().to_str().unwrap()).unwrap();
+    moved.wire(lab);
+    let now = Netns::open(&moved.netns).unwrap().id();
+    eventually("it is captured where it is", 3 * PATIENCE, || {
+        let pods = pods(lab);
+        let pod = pods.iter().find(|pod| pod["uid"] == moved.uid.as_str());
+        pod.is_some_and(|pod| {
+            pod["netns_id"]["ino"].as_u64() == Some(now.ino) && pod["state"] == "captured"
+        })
+    });
+    runtime::diff_is_empty(lab, "gamma/moved1");
+    eventually("its capture is proven", PATIENCE, || {
+        ambidex(lab, "verify gamma/moved1").code == 0
+    });
+}
