@@ -18,6 +18,7 @@ mod output;
 mod plan;
 mod sources;
 mod verify;
+mod version;
 
 use std::process::ExitCode;
 
@@ -28,7 +29,7 @@ use crate::unix_http::RequestError;
 
 /// One node proxy, two hands: a Layer-4 mutual-TLS proxy with two interchangeable ways of capturing pod traffic.
 #[derive(Debug, Parser)]
-#[command(name = "ambidex", version, about, max_term_width = 110)]
+#[command(name = "ambidex", version = version::line(), about, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -74,6 +75,8 @@ enum Command {
     Completions(completions::CompletionsArgs),
     /// Print the manual page, or write those of all commands
     Man(man::ManArgs),
+    /// Say which version this is, and what its TLS runs on
+    Version(version::VersionArgs),
 }
 
 /// Why a command ends with a code other than 0.
@@ -129,6 +132,7 @@ pub fn main() -> ExitCode {
         Command::Dump(args) => dump::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
+        Command::Version(args) => version::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

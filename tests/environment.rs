@@ -261,6 +261,14 @@ fn rows() -> Vec<Row> {
             Some("maybe"),
         ),
         (
+            "AUTHZ_POLICY_INFO_LOGGING",
+            "--policy-info-logging",
+            "true",
+            "/authzPolicyInfoLogging",
+            json!(true),
+            Some("maybe"),
+        ),
+        (
             "COMPLIANCE_POLICY",
             "--compliance-policy",
             "pqc",
@@ -326,6 +334,9 @@ fn a_wrong_value_is_refused_by_the_variables_name() {
         ("XDS_ON_DEMAND", "perhaps"),
         ("FAKE_CA", "perhaps"),
     ]);
+    if !cfg!(feature = "fips") {
+        wrong.push(("COMPLIANCE_POLICY", "fips-140-2"));
+    }
     for (variable, value) in wrong {
         let output = show_config(&[(variable, value)], &[]);
         let errors = String::from_utf8_lossy(&output.stderr);

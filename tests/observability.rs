@@ -16,8 +16,8 @@ use lab::traffic::Check;
 use rstest::rstest;
 use serde_json::Value;
 
-/// Labels that every series of a connection has.
-const COMMON: [&str; 24] = [
+/// Labels that every series of a connection has of which an end is known.
+const COMMON: [&str; 28] = [
     "reporter",
     "source_workload",
     "source_canonical_service",
@@ -41,6 +41,10 @@ const COMMON: [&str; 24] = [
     "request_protocol",
     "response_flags",
     "connection_security_policy",
+    "source_region",
+    "source_zone",
+    "destination_region",
+    "destination_zone",
     "capture_mode",
 ];
 

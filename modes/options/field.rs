@@ -35,6 +35,10 @@ pub enum ProxyMode {
 pub enum CompliancePolicy {
     /// Post-quantum key exchange only: X25519MLKEM768.
     Pqc,
+    /// Cryptography of a module that is validated for FIPS 140-3, which a build with the feature `fips` always uses; the
+    /// word is the field's.
+    #[value(name = "fips-140-2", alias = "fips-140-3")]
+    Fips,
 }
 
 impl CompliancePolicy {
@@ -42,6 +46,7 @@ impl CompliancePolicy {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pqc => "pqc",
+            Self::Fips => "fips-140-2",
         }
     }
 }
@@ -109,6 +114,9 @@ pub struct FieldArgs {
     /// Whether application tunnels end at the pod's loopback address, where the capture reaches it
     #[arg(long, env = "LOCALHOST_APP_TUNNEL", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub localhost_app_tunnel: bool,
+    /// Whether what policies say of each connection is logged at INFO, not at DEBUG
+    #[arg(long, env = "AUTHZ_POLICY_INFO_LOGGING", value_name = "BOOL", default_value_t = false, action = ArgAction::Set)]
+    pub policy_info_logging: bool,
     /// What TLS is restricted to; peers that cannot do it are refused
     #[arg(long, env = "COMPLIANCE_POLICY", value_enum)]
     pub compliance_policy: Option<CompliancePolicy>,
@@ -166,6 +174,9 @@ impl FieldArgs {
                 "INPOD_PORT_REUSE=false: this proxy always shares its ports in a pod with the one that replaces it"
             );
         }
+        if self.compliance_policy == Some(CompliancePolicy::Fips) {
+            identity::require_fips().context("COMPLIANCE_POLICY=fips-140-2")?;
+        }
         if self.pool_max_streams == 0 {
             bail!("POOL_MAX_STREAMS_PER_CONNECTION: no less than 1");
         }
@@ -177,6 +188,9 @@ impl FieldArgs {
     /// # Errors
     /// This build cannot do what is required.
     pub fn require_compliance(&self) -> anyhow::Result<()> {
+        if cfg!(feature = "fips") {
+            identity::require_fips()?;
+        }
         if self.compliance_policy == Some(CompliancePolicy::Pqc) {
             identity::require_post_quantum().context("COMPLIANCE_POLICY=pqc")?;
         }
@@ -217,6 +231,7 @@ impl FieldArgs {
             },
             response_baggage: self.response_baggage,
             localhost_app_tunnel: self.localhost_app_tunnel,
+            policy_info_logging: self.policy_info_logging,
             dns: self.dns_proxy.then(|| Arc::new(self.dns())),
             ..core
         }
@@ -258,6 +273,7 @@ impl FieldArgs {
             })),
             "responseBaggage": core.response_baggage,
             "localhostAppTunnel": core.localhost_app_tunnel,
+            "authzPolicyInfoLogging": core.policy_info_logging,
             "userTimeout": core.user_timeout.map(text),
             "halfOpenTimeout": core.half_open_timeout.map(text),
             "dns": core.dns.as_ref().map(|dns| json!({

@@ -22,7 +22,10 @@ pub use facts::CertificateFacts;
 pub use key_log::{KeyLogError, KeyLogFile};
 pub use local_ca::{DEFAULT_LEAF_TTL, LocalCa, LocalCaError, ROOT_VALIDITY, SigningError};
 pub use manager::{CertificateInfo, CertificateState, Certificates, RefreshPolicy};
-pub use provider::{PostQuantumError, provider, require_post_quantum};
+pub use provider::{
+    FipsError, PostQuantumError, describe as describe_provider, is_fips, provider, require_fips,
+    require_post_quantum,
+};
 pub use revocation::{PeerRole, PeerStanding, PeerWatch, Revocations};
 pub use spiffe::{DEFAULT_TRUST_DOMAIN, Identity, InvalidIdentity};
 pub use verify::{PeerError, is_revocation, peer_identity};

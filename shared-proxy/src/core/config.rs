@@ -66,6 +66,8 @@ pub struct CoreConfig {
     /// Application tunnels end at the pod's loopback address, where nobody but the pod and its proxy can reach them; in a
     /// capture that does not reach it, at the pod's own. The field's `LOCALHOST_APP_TUNNEL`.
     pub localhost_app_tunnel: bool,
+    /// What policies say of each connection is logged at INFO; otherwise at DEBUG. The field's `AUTHZ_POLICY_INFO_LOGGING`.
+    pub policy_info_logging: bool,
     /// TCP keepalive, on accepted and on dialled connections; `None` turns it off.
     pub keepalive: Option<Keepalive>,
     /// How long data may stay unacknowledged before the connection counts as dead (`TCP_USER_TIMEOUT`); `None` leaves it to
@@ -114,6 +116,7 @@ impl Default for CoreConfig {
             resolver: Arc::new(SystemResolver),
             response_baggage: false,
             localhost_app_tunnel: true,
+            policy_info_logging: false,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
             half_open_timeout: Some(HALF_OPEN),

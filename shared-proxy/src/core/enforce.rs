@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use tracing::Level;
+
 use super::{Failure, Shared};
 use crate::capture::ClientAddr;
 use crate::drain::Cutter;
@@ -43,6 +45,8 @@ struct Admission {
     target: SocketAddr,
     cutter: Cutter,
     denied: OnceLock<Verdict>,
+    /// Verdicts are logged at INFO, not at DEBUG.
+    logged_as_info: bool,
 }
 
 /// Keeps a connection under the policies; dropped when it ends.
@@ -149,6 +153,7 @@ impl Shared {
             target,
             cutter,
             denied: OnceLock::new(),
+            logged_as_info: self.config.policy_info_logging,
         });
         let (number, snapshot, workload) = self.admissions.enter(&self.store, workload, &admission);
         let admitted = Admitted {
@@ -170,7 +175,31 @@ impl Admission {
             source: self.client.0.ip(),
             destination: self.target,
         };
-        authorize(snapshot, workload, &peer)
+        let verdict = authorize(snapshot, workload, &peer);
+        self.log(workload, &verdict);
+        verdict
+    }
+
+    fn log(&self, workload: &Workload, verdict: &Verdict) {
+        macro_rules! decided {
+            ($level:expr) => {
+                tracing::event!(
+                    $level,
+                    src.addr = %self.client.0,
+                    src.identity = self.peer.as_ref().map(tracing::field::display),
+                    dst.addr = %self.target,
+                    dst.workload = %workload.name,
+                    dst.namespace = %workload.namespace,
+                    allowed = verdict.is_allowed(),
+                    "authorization policies: {verdict}"
+                )
+            };
+        }
+        if self.logged_as_info {
+            decided!(Level::INFO);
+        } else {
+            decided!(Level::DEBUG);
+        }
     }
 
     fn ask_again(&self, snapshot: &Snapshot, workload: &Workload) {

@@ -475,11 +475,72 @@ fn post_quantum_only() {
         assert_eq!(agreed(&done), Some(NamedGroup::X25519MLKEM768));
     }
     let mut classical = make(false);
-    classical
-        .kx_groups
-        .retain(|group| group.name() == NamedGroup::X25519);
+    classical.kx_groups = vec![everything::kx_group::X25519];
     let error = handshake(client(classical), strict_server).server_error();
     assert!(error.contains("NoKxGroupsInCommon"), "{error}");
+}
+
+/// A build says that it is validated if it is, and only then.
+#[cfg(not(feature = "fips"))]
+#[test]
+fn an_ordinary_build_does_not_pass_for_a_validated_one() {
+    use super::{FipsError, describe_provider, is_fips, require_fips};
+
+    assert!(!is_fips() && !describe_provider().contains("FIPS"));
+    assert_eq!(require_fips(), Err(FipsError::NotBuilt));
+}
+
+/// The validated module has neither ChaCha20 nor X25519 by itself: an end that has nothing else is refused, whichever it is,
+/// and the others agree on what is approved.
+#[cfg(feature = "fips")]
+#[test]
+fn a_fips_build_takes_approved_cryptography_only() {
+    use super::{describe_provider, is_fips, require_fips};
+    use everything::{cipher_suite, kx_group};
+    use rustls::NamedGroup::{X25519MLKEM768, secp256r1, secp384r1};
+
+    assert!(is_fips() && describe_provider().contains("FIPS"));
+    assert_eq!(require_fips(), Ok(()));
+    let ca = TestCa::new();
+    let (alice, bob) = (ca.certificate(ALICE), ca.certificate(BOB));
+    assert!(alice.client_config(&[id(BOB)]).fips() && bob.server_config().fips());
+    let groups: std::collections::BTreeSet<u16> = provider()
+        .kx_groups
+        .iter()
+        .map(|group| group.name().into())
+        .collect();
+    let approved = [secp256r1, secp384r1, X25519MLKEM768].map(u16::from);
+    assert_eq!(groups, approved.into());
+    let done = handshake(alice.client_config(&[id(BOB)]), bob.server_config());
+    assert!(done.established());
+
+    let with = |change: fn(&mut CryptoProvider)| {
+        let mut suites = everything::default_provider();
+        change(&mut suites);
+        suites
+    };
+    for (other, why) in [
+        (
+            with(|it| it.cipher_suites = vec![cipher_suite::TLS13_CHACHA20_POLY1305_SHA256]),
+            "NoCipherSuitesInCommon",
+        ),
+        (
+            with(|it| it.kx_groups = vec![kx_group::X25519]),
+            "NoKxGroupsInCommon",
+        ),
+    ] {
+        let client = lax_client(other.clone(), &rustls::version::TLS13);
+        let error = handshake(Arc::new(client), bob.server_config()).server_error();
+        assert!(error.contains(why), "{error}");
+        let server = ServerConfig::builder_with_provider(Arc::new(other))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(ca.presenter(&[BOB], in_an_hour()));
+        let done = handshake(alice.client_config(&[id(BOB)]), Arc::new(server));
+        assert!(done.server_error().contains(why));
+        assert!(!done.established());
+    }
 }
 
 #[test]

@@ -13,6 +13,47 @@ use rustls::crypto::ring as backend;
 #[cfg(not(any(feature = "tls-aws-lc", feature = "tls-ring")))]
 compile_error!("no cryptography for TLS: turn on one of the features `tls-aws-lc` and `tls-ring`");
 
+/// Why TLS cannot be restricted to validated cryptography.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FipsError {
+    /// It is a matter of the build.
+    #[error("this build has no validated cryptography: build with the feature fips")]
+    NotBuilt,
+    /// The module's tests of itself failed, or something beside it is in use.
+    #[error("the cryptographic module is not in its FIPS mode")]
+    NotInForce,
+}
+
+/// Whether everything that TLS does here is done by a module that is validated for FIPS 140-3: cipher suites, key exchange,
+/// signatures and random numbers. Only in builds with the feature `fips`.
+pub fn is_fips() -> bool {
+    cfg!(feature = "fips") && make(false).fips()
+}
+
+/// Fails unless [`is_fips`]. Changes nothing: a build with the feature `fips` has nothing else.
+///
+/// # Errors
+/// The build has no such module, or it does not work.
+pub fn require_fips() -> Result<(), FipsError> {
+    if !cfg!(feature = "fips") {
+        return Err(FipsError::NotBuilt);
+    }
+    is_fips().then_some(()).ok_or(FipsError::NotInForce)
+}
+
+/// What TLS runs on, for `--version` and the configuration dump.
+pub fn describe() -> &'static str {
+    if is_fips() {
+        "aws-lc, FIPS 140-3 module"
+    } else if cfg!(feature = "fips") {
+        "aws-lc, FIPS 140-3 module NOT in force"
+    } else if cfg!(feature = "tls-aws-lc") {
+        "aws-lc"
+    } else {
+        "ring"
+    }
+}
+
 /// Why TLS cannot be restricted to post-quantum key exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PostQuantumError {
@@ -38,7 +79,7 @@ pub fn require_post_quantum() -> Result<(), PostQuantumError> {
 }
 
 /// The provider of every TLS configuration: the two AES-GCM suites of TLS 1.3 that the field's proxies offer, AES-256
-/// first. Feature `tls-aws-lc` (the default) uses aws-lc, `tls-ring` uses ring; with both, aws-lc.
+/// first. Feature `tls-aws-lc` (the default) uses aws-lc, `fips` its validated module, `tls-ring` ring; with both, aws-lc.
 pub fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: LazyLock<Arc<CryptoProvider>> =
         LazyLock::new(|| Arc::new(make(*POST_QUANTUM.get_or_init(|| false))));
@@ -54,6 +95,11 @@ pub(super) fn make(post_quantum: bool) -> CryptoProvider {
         ],
         ..backend::default_provider()
     };
+    // The provider's defaults leave these out in such a build already; what is in force must not hang on its defaults.
+    if cfg!(feature = "fips") {
+        provider.cipher_suites.retain(|suite| suite.fips());
+        provider.kx_groups.retain(|group| group.fips());
+    }
     if post_quantum {
         provider
             .kx_groups

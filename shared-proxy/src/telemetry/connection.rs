@@ -178,6 +178,7 @@ impl Live {
         ));
         series.opened.fetch_add(1, Relaxed);
         late.series = Some(Arc::clone(&series));
+        access_log::opened(&self.fixed, late);
         series
     }
 

@@ -23,6 +23,8 @@ pub(super) struct ConnectionLabels {
     service: ServiceLabels,
     mutual_tls: bool,
     pub flag: ResponseFlag,
+    /// Whether the workload of an end is known: then there are labels of regions and zones.
+    located: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +34,8 @@ struct PeerLabels {
     canonical_revision: Label,
     namespace: Label,
     cluster: Label,
+    region: Label,
+    zone: Label,
     principal: Option<Identity>,
 }
 
@@ -63,6 +67,7 @@ impl ConnectionLabels {
             service: ServiceLabels::of(service),
             mutual_tls,
             flag: ResponseFlag::None,
+            located: source.workload.is_some() || destination.workload.is_some(),
         }
     }
 
@@ -76,6 +81,7 @@ impl ConnectionLabels {
             service: ServiceLabels::of(None),
             mutual_tls: false,
             flag,
+            located: false,
         }
     }
 
@@ -127,6 +133,12 @@ impl ConnectionLabels {
             "unknown"
         };
         f("connection_security_policy", &security)?;
+        if self.located {
+            f("source_region", &source.region)?;
+            f("source_zone", &source.zone)?;
+            f("destination_region", &destination.region)?;
+            f("destination_zone", &destination.zone)?;
+        }
         f("capture_mode", &self.capture_mode)
     }
 }
@@ -143,6 +155,8 @@ impl PeerLabels {
             canonical_revision: label(workload.map(|w| &w.canonical_revision)),
             namespace: label(workload.map(|w| &w.namespace)),
             cluster: label(workload.map(|w| &w.cluster_id)),
+            region: label(workload.map(|w| &w.locality.region)),
+            zone: label(workload.map(|w| &w.locality.zone)),
             principal: principal.cloned(),
         }
     }

@@ -73,6 +73,7 @@ impl Node {
             target: ([10, 0, 0, pod], 8080).into(),
             cutter: signal.cutter(),
             denied: OnceLock::new(),
+            logged_as_info: false,
         });
         let uid = format!("pod-{pod}");
         let workload = self.store.load().workload_by_uid(&uid).unwrap();
@@ -190,4 +191,59 @@ fn a_connection_that_has_ended_is_forgotten() {
     node.admissions.leave(number, ([10, 0, 0, 0]).into());
     assert!(node.admissions.state().destinations.is_empty());
     assert_eq!(node.asks_after([policy("ops/p", "Global", "[[]]")]), 0);
+}
+
+/// What policies say is a line at DEBUG, or at INFO where that is asked for.
+#[test]
+fn verdicts_are_logged_at_the_level_that_was_asked_for() {
+    let lines = |logged_as_info: bool, level: Level| {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_ansi(false)
+            .with_writer(Arc::clone(&file))
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let node = Node::new();
+            node.store.update([policy(
+                "guarded/no",
+                "Namespace",
+                "[[[{\"destinationPorts\": [8080]}]]]",
+            )]);
+            let snapshot = node.store.load();
+            for pod in ["pod-0", "pod-1"] {
+                let admission = Admission {
+                    client: ClientAddr(([10, 0, 1, 9], 50000).into()),
+                    peer: Some("spiffe://cluster.local/ns/a/sa/b".parse().unwrap()),
+                    target: ([10, 0, 0, 7], 8080).into(),
+                    cutter: Drainer::new().signal().cutter(),
+                    denied: OnceLock::new(),
+                    logged_as_info,
+                };
+                admission.ask(&snapshot, &snapshot.workload_by_uid(pod).unwrap());
+            }
+        });
+        let mut text = String::new();
+        let mut file = &*file;
+        std::io::Seek::rewind(&mut file).unwrap();
+        std::io::Read::read_to_string(&mut file, &mut text).unwrap();
+        text
+    };
+    for (text, level) in [
+        (lines(true, Level::INFO), "INFO"),
+        (lines(false, Level::DEBUG), "DEBUG"),
+    ] {
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("policies"))
+            .collect();
+        let [denied, allowed] = lines[..] else {
+            panic!("{text}")
+        };
+        assert!(denied.contains(level) && allowed.contains(level), "{text}");
+        assert!(denied.contains("denied by policy guarded/no"), "{denied}");
+        assert!(denied.contains("allowed=false") && denied.contains("src.addr=10.0.1.9:50000"));
+        assert!(allowed.contains("allowed=true"), "{allowed}");
+    }
+    assert!(!lines(false, Level::INFO).contains("policies"));
 }
