@@ -339,7 +339,9 @@ impl Follower {
         }
         let mut answers = vec![answer];
         if self.config.on_demand && type_url == ADDRESS_TYPE {
-            let forgotten = self.pending.answered(&outcome.answered, &outcome.absent);
+            let forgotten =
+                self.pending
+                    .answered(&outcome.answered, &outcome.ranges, &outcome.absent);
             if !forgotten.is_empty() {
                 answers.push(DeltaDiscoveryRequest {
                     type_url,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use futures_util::future::{BoxFuture, FutureExt};
-use shared_proxy::state::OnDemand;
+use shared_proxy::state::{NetworkAddress, NetworkRange, OnDemand};
 use tokio::sync::{mpsc, oneshot};
 
 /// Asks a running client for resources. Clones ask the same client.
@@ -74,13 +74,18 @@ impl Pending {
         (waiting.len() == 1).then_some(name)
     }
 
-    /// Wakes those who wait for these names. Returns the names that need not be followed because nothing has them: an
+    /// Wakes those who wait for these names, and for addresses in these ranges. Returns the names that need not be followed because nothing has them: an
     /// endless row of wrong addresses would otherwise be followed for ever.
-    pub(super) fn answered(&mut self, present: &[String], absent: &[String]) -> Vec<String> {
-        for name in present {
-            if let Some(waiting) = self.waiting.remove(name) {
+    pub(super) fn answered(
+        &mut self,
+        present: &[String],
+        ranges: &[NetworkRange],
+        absent: &[String],
+    ) -> Vec<String> {
+        for name in present.iter().cloned().chain(self.waiting_in(ranges)) {
+            if let Some(waiting) = self.waiting.remove(&name) {
                 wake(waiting);
-                self.found.insert(name.clone());
+                self.found.insert(name);
             }
         }
         let mut forgotten = Vec::new();
@@ -92,6 +97,19 @@ impl Pending {
             wake(waiting.unwrap_or_default());
         }
         forgotten
+    }
+
+    /// Names of addresses in these ranges that somebody waits for. A service is sent under its own name, whatever it was
+    /// asked for by: the ranges are the only sign.
+    fn waiting_in(&self, ranges: &[NetworkRange]) -> Vec<String> {
+        if ranges.is_empty() {
+            return Vec::new();
+        }
+        let inside = |name: &&String| {
+            let address = name.parse::<NetworkAddress>();
+            address.is_ok_and(|address| ranges.iter().any(|range| range.contains(&address)))
+        };
+        self.waiting.keys().filter(inside).cloned().collect()
     }
 
     /// All names that a new stream asks for.
@@ -127,7 +145,7 @@ mod tests {
         assert!(one.try_recv().is_err());
         assert!(
             pending
-                .answered(&["uid".into(), "/10.0.0.1".into()], &[])
+                .answered(&["uid".into(), "/10.0.0.1".into()], &[], &[])
                 .is_empty()
         );
         assert!(one.try_recv().is_ok() && two.try_recv().is_ok());
@@ -143,10 +161,36 @@ mod tests {
         let mut pending = Pending::default();
         let (first, mut one) = demand("/10.9.9.9");
         pending.add(first);
-        assert_eq!(pending.answered(&[], &["/10.9.9.9".into()]), ["/10.9.9.9"]);
+        assert_eq!(
+            pending.answered(&[], &[], &["/10.9.9.9".into()]),
+            ["/10.9.9.9"]
+        );
         assert!(one.try_recv().is_ok());
         assert_eq!(pending.followed().count(), 0);
         let (again, _two) = demand("/10.9.9.9");
         assert!(pending.add(again).is_some());
+    }
+
+    #[test]
+    fn a_range_answers_for_the_addresses_in_it_and_for_no_others() {
+        let mut pending = Pending::default();
+        let (inside, mut one) = demand("/10.2.3.4");
+        let (outside, mut two) = demand("/10.3.0.1");
+        let (elsewhere, mut three) = demand("west/10.2.3.4");
+        let (name, mut four) = demand("a/10.2.3.4.example");
+        for demand in [inside, outside, elsewhere, name] {
+            assert!(pending.add(demand).is_some());
+        }
+        let range = "/10.2.0.0/16".parse().expect("a range");
+        assert!(
+            pending
+                .answered(&["a/web".into()], &[range], &[])
+                .is_empty()
+        );
+        assert!(one.try_recv().is_ok());
+        for waits in [&mut two, &mut three, &mut four] {
+            assert!(waits.try_recv().is_err());
+        }
+        assert!(pending.add(demand("/10.2.3.4").0).is_none(), "followed");
     }
 }

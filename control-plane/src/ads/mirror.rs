@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use shared_proxy::state::{Change, NamespacedHostname};
+use shared_proxy::state::{Change, NamespacedHostname, NetworkRange};
 
 use crate::convert::{self, Object, Texts, Unusable};
 use crate::messages::discovery::{DeltaDiscoveryResponse, Resource};
@@ -60,6 +60,8 @@ pub(super) struct Outcome {
     pub(super) refused: Vec<(String, String)>,
     /// Names under which somebody may have asked for what this response is about.
     pub(super) answered: Vec<String>,
+    /// Ranges of addresses of which somebody may have asked for one.
+    pub(super) ranges: Vec<NetworkRange>,
     /// Names of what does not exist.
     pub(super) absent: Vec<String>,
 }
@@ -111,6 +113,9 @@ impl Mirror {
             if self.on_demand {
                 outcome.answered.push(name.to_string());
                 outcome.answered.extend(names_of(&object));
+                if let Object::Service(service) = &object {
+                    outcome.ranges.extend(service.cidr_vips.iter().cloned());
+                }
             }
             let version = version.into();
             let previous = held.insert(

@@ -101,7 +101,10 @@ async fn a_lost_control_plane_changes_nothing_and_comes_back_with_the_difference
 #[tokio::test]
 async fn single_resources_on_demand() {
     let (dir, served) = both().await;
-    let service = "services: [{name: web, namespace: a, hostname: web, vips: [/10.1.0.1], ports: {80: 80}}]\n";
+    let service = "services:
+- {name: web, namespace: a, hostname: web, vips: [/10.1.0.1], ports: {80: 80}}
+- {name: wide, namespace: a, hostname: wide, vips: [], cidrVips: [/10.2.0.0/16], ports: {80: 80}}
+";
     served.publish(&mesh(0..300, &format!("{service}{POLICY}")));
     let client = follow(endpoint(&dir, &served.address.to_string()), true);
     eventually("ready", || client.readiness.pending().is_empty()).await;
@@ -114,6 +117,9 @@ async fn single_resources_on_demand() {
     assert_eq!(client.workloads(), ["w7"]);
     assert!(ask("/10.1.0.1").await.unwrap());
     assert_eq!(client.store.load().service_count(), 1);
+    // An address in a range of one, which comes under the service's own name.
+    assert!(ask("/10.2.3.4").await.unwrap());
+    assert_eq!(client.store.load().service_count(), 2);
     // What does not exist releases whoever waits.
     assert!(ask("/10.9.9.9").await.unwrap());
     assert!(ask("w8").await.unwrap());

@@ -47,11 +47,13 @@ impl Snapshot {
     /// Names of what is not known of an address and of the way to it.
     fn missing_for(&self, ip: IpAddr) -> Vec<String> {
         let address = self.local(ip);
+        let mut missing = Vec::new();
+        // A range that is known says nothing of the addresses in it that others have, and they come first.
+        if !self.has_address(&address) {
+            missing.push(address.to_string());
+        }
         let service = self.service_by_address(&address);
         let workload = self.workload_by_address(&address);
-        if service.is_none() && workload.is_none() {
-            return vec![address.to_string()];
-        }
         let mut gateways: Vec<GatewayAddress> = Vec::new();
         if let Some(service) = &service {
             gateways.extend(service.waypoints().cloned());
@@ -69,9 +71,8 @@ impl Snapshot {
             GatewayDestination::Hostname(name) => self.service(name).is_none(),
         };
         let unknown = gateways.iter().filter(unknown);
-        unknown
-            .map(|gateway| gateway.destination.to_string())
-            .collect()
+        missing.extend(unknown.map(|gateway| gateway.destination.to_string()));
+        missing
     }
 
     fn holds(&self, address: &NetworkAddress) -> bool {
@@ -123,6 +124,8 @@ workloads:
 services:
 - {name: web, namespace: a, hostname: web, vips: [/10.1.0.1], ports: {80: 80}, waypoint: {destination: /10.1.0.2}}
 - {name: way, namespace: a, hostname: way, vips: [/10.1.0.2], ports: {80: 80}}
+- {name: wide, namespace: a, hostname: wide, vips: [], cidrVips: [/10.2.0.0/16], ports: {80: 80}}
+- {name: inner, namespace: a, hostname: inner, vips: [/10.2.3.5], ports: {80: 80}}
 ";
         let store = Arc::new(Store::new());
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
@@ -150,5 +153,18 @@ services:
         // What does not exist is asked for once per connection.
         store.knowing(ip("10.9.9.9")).await;
         assert_eq!(asked(), ["/10.9.9.9"]);
+        // A range answers for what is in it, but may not have all of it to itself.
+        let snapshot = store.knowing(ip("10.2.3.4")).await;
+        assert_eq!(
+            &*snapshot.service_by_vip(ip("10.2.3.4")).unwrap().name,
+            "wide"
+        );
+        assert_eq!(asked(), ["/10.2.3.4"]);
+        let snapshot = store.knowing(ip("10.2.3.5")).await;
+        assert_eq!(
+            &*snapshot.service_by_vip(ip("10.2.3.5")).unwrap().name,
+            "inner"
+        );
+        assert_eq!(asked(), ["/10.2.3.5"]);
     }
 }

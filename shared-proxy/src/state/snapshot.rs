@@ -318,6 +318,11 @@ impl Snapshot {
         self.by_range.longest(address)?.latest().cloned()
     }
 
+    /// Whether some service or workload has exactly this address, not only a range that it is in.
+    pub(super) fn has_address(&self, address: &NetworkAddress) -> bool {
+        self.by_vip.get(address).is_some() || self.by_address.get(address).is_some()
+    }
+
     /// The service with a key.
     pub fn service(&self, key: &NamespacedHostname) -> Option<Arc<Service>> {
         self.services.get(key).cloned()
