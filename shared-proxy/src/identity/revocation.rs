@@ -6,6 +6,8 @@
 //! one is over still counts; a certificate whose issuer has given no list is not revoked.
 
 mod file;
+#[cfg(test)]
+mod fuzz;
 mod lists;
 mod metrics;
 mod standing;

@@ -14,5 +14,6 @@ mod probe;
 mod protocol;
 mod refusals;
 mod retry;
+mod revoked;
 mod server_rows;
 mod sharing;

@@ -13,7 +13,7 @@ use shared_proxy::capture::{
     ScopeId,
 };
 use shared_proxy::core::{Attached, Core, CoreConfig};
-use shared_proxy::identity::{Certificates, LocalCa, RefreshPolicy};
+use shared_proxy::identity::{Certificates, LocalCa, RefreshPolicy, TlsOptions};
 use shared_proxy::ports::SourcePorts;
 use shared_proxy::state::{Store, local_xds};
 use shared_proxy::telemetry::{Telemetry, TelemetryOptions};
@@ -129,6 +129,11 @@ impl Mesh {
         Arc::new(LocalCa::open(self.dir.path(), trust_domain, ttl).unwrap())
     }
 
+    /// A file of the CA, in PEM.
+    pub fn ca_file(&self, name: &str) -> String {
+        std::fs::read_to_string(self.dir.path().join(name)).unwrap()
+    }
+
     pub fn ip(&self, last: u8) -> IpAddr {
         let [a, b, c] = self.block.prefix;
         Ipv4Addr::new(a, b, c, last).into()
@@ -143,19 +148,25 @@ impl Mesh {
     }
 
     pub fn node_with(&self, config: CoreConfig) -> Node {
+        self.node_under(config, TlsOptions::default()).0
+    }
+
+    /// With what is asked of peers besides, and the certificates of its pods.
+    pub fn node_under(&self, config: CoreConfig, tls: TlsOptions) -> (Node, Arc<Certificates>) {
         let telemetry = Arc::new(Telemetry::new(TelemetryOptions {
             component: "test".to_owned(),
             tag: "0".to_owned(),
             ..TelemetryOptions::default()
         }));
-        let certificates = Certificates::new(self.ca.clone(), RefreshPolicy::default());
+        let policy = RefreshPolicy::default();
+        let certificates = Arc::new(Certificates::with_options(self.ca.clone(), policy, tls));
         let core = Core::new(
             config,
             self.store.clone(),
-            Arc::new(certificates),
+            certificates.clone(),
             telemetry.clone(),
         );
-        Node { core, telemetry }
+        (Node { core, telemetry }, certificates)
     }
 
     pub fn pod(&self, last: u8, account: &str) -> LocalWorkload {

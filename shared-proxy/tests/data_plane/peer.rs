@@ -46,8 +46,13 @@ pub struct Asked {
 impl Peer {
     /// At an address of the mesh, with the certificate of an account.
     pub async fn new(mesh: &Mesh, at: SocketAddr, account: &str) -> Self {
+        Self::of(&*certificate(mesh, account).await, at).await
+    }
+
+    /// The same with this certificate.
+    pub async fn of(certificate: &WorkloadCertificate, at: SocketAddr) -> Self {
         let listener = TcpListener::bind(at).await.unwrap();
-        let acceptor = TlsAcceptor::from(certificate(mesh, account).await.server_config());
+        let acceptor = TlsAcceptor::from(certificate.server_config());
         let (send, requests) = mpsc::unbounded_channel();
         let connections = Arc::new(AtomicUsize::new(0));
         let count = connections.clone();
