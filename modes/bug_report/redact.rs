@@ -20,6 +20,17 @@ const TOKEN_FILES: [&str; 2] = [
 /// Parts of the names of variables and flags that hold secrets.
 const SECRET_NAMES: [&str; 5] = ["token", "secret", "password", "authorization", "_header_"];
 
+/// Beginnings of the lines of a TLS key log (`SSLKEYLOGFILE`).
+const KEY_LOG_LINES: [&str; 7] = [
+    "CLIENT_RANDOM ",
+    "CLIENT_EARLY_TRAFFIC_SECRET ",
+    "CLIENT_HANDSHAKE_TRAFFIC_SECRET ",
+    "SERVER_HANDSHAKE_TRAFFIC_SECRET ",
+    "CLIENT_TRAFFIC_SECRET_0 ",
+    "SERVER_TRAFFIC_SECRET_0 ",
+    "EXPORTER_SECRET ",
+];
+
 /// Secrets of this node, and the forms that secrets of others have.
 #[derive(Debug, Default)]
 pub struct Secrets {
@@ -145,17 +156,63 @@ fn without_web_tokens(text: &str) -> String {
     out
 }
 
-/// What follows `Bearer`, and the values of flags and keys with a name that says what they are.
+/// What follows `Bearer`, lines of a TLS key log, and values of what has a name that says what they are.
 fn without_named(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
         let lower = line.to_ascii_lowercase();
-        if lower.contains("bearer ") {
-            out.push_str(&without_bearer(line, &lower));
+        if KEY_LOG_LINES.iter().any(|label| line.starts_with(label)) {
+            out.push_str(REDACTED);
+            out.push('\n');
+        } else if lower.contains("bearer ") {
+            out.push_str(&without_values(&without_bearer(line, &lower)));
         } else {
-            out.push_str(line);
+            out.push_str(&without_values(line));
         }
     }
+    out
+}
+
+/// Values behind `=` or `:`. Without quotation marks only long ones, because a word may follow a colon in any sentence.
+fn without_values(line: &str) -> String {
+    let lower = line.to_ascii_lowercase();
+    if !SECRET_NAMES.iter().any(|part| lower.contains(part)) {
+        return line.to_owned();
+    }
+    let of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+    let mut out = String::with_capacity(line.len());
+    let mut rest = line;
+    while let Some(at) = rest.find(of_name) {
+        let length = rest[at..].find(|c| !of_name(c)).unwrap_or(rest.len() - at);
+        let name = &rest[at..at + length];
+        out.push_str(&rest[..at + length]);
+        rest = &rest[at + length..];
+        if !is_secret_name(name) {
+            continue;
+        }
+        // `"name" : "value`, and the same with its marks escaped.
+        let skipped = rest.len() - rest.trim_start_matches(['\\', '"', ' ']).len();
+        let Some(behind) = rest[skipped..].strip_prefix(['=', ':']) else {
+            continue;
+        };
+        let value = behind.trim_start_matches(['\\', '"', ' ']);
+        let opening = &behind[..behind.len() - value.len()];
+        let (end, shortest): (fn(char) -> bool, usize) = match opening.contains('"') {
+            true => (|c| matches!(c, '"' | '\\' | '\n'), SHORTEST),
+            false => (
+                |c| c.is_whitespace() || matches!(c, ',' | ';' | '&' | '}' | ']' | '"'),
+                2 * SHORTEST,
+            ),
+        };
+        let length = value.find(end).unwrap_or(value.len());
+        // A path is where a secret is, and no secret.
+        if length >= shortest && !value.starts_with('/') && !value.starts_with(REDACTED) {
+            out.push_str(&rest[..rest.len() - value.len()]);
+            out.push_str(REDACTED);
+            rest = &value[length..];
+        }
+    }
+    out.push_str(rest);
     out
 }
 
@@ -275,6 +332,42 @@ mod tests {
             "eyJ is how objects begin",
             "the bearer of it",
             "eyJhIjoxfQ.file",
+        ] {
+            assert_eq!(none.redact(text), text);
+        }
+    }
+
+    #[test]
+    fn values_with_a_telling_name_are_taken_out() {
+        let none = Secrets::default();
+        for (text, redacted) in [
+            (
+                r#"{"k8s_auth_token": "0123456789abcdef", "a": "b"}"#,
+                r#"{"k8s_auth_token": "[redacted]", "a": "b"}"#,
+            ),
+            (
+                r#"{"line": "{\"password\":\"hunter2hunter2\"}"}"#,
+                r#"{"line": "{\"password\":\"[redacted]\"}"}"#,
+            ),
+            (
+                "AUTH_TOKEN=0123456789abcdef next\n",
+                "AUTH_TOKEN=[redacted] next\n",
+            ),
+            (
+                "client-secret: 0123456789abcdef",
+                "client-secret: [redacted]",
+            ),
+            (
+                "CLIENT_TRAFFIC_SECRET_0 00 00\nEXPORTER_SECRET 00 00\nnext\n",
+                "[redacted]\n[redacted]\nnext\n",
+            ),
+        ] {
+            assert_eq!(none.redact(text), redacted);
+        }
+        for text in [
+            "token: expired",
+            r#"{"tokenFile": "/var/run/secrets/tokens/istio-token"}"#,
+            "requests_with_token_total{code=\"200\"} 12345678901234567890",
         ] {
             assert_eq!(none.redact(text), text);
         }

@@ -119,45 +119,20 @@ fn text(findings: &Findings, recommended: &Recommendation, asked: Asked, colour:
         }
     };
     let mut out = String::new();
-    let mut before = None;
-    for (finding, next) in pairs(&findings.findings) {
-        if before != Some(&finding.id) {
-            before = Some(&finding.id);
-            let same = findings
-                .findings
-                .iter()
-                .filter(|other| other.id == finding.id);
-            let worst = same
-                .map(|other| other.severity)
-                .max()
-                .unwrap_or(finding.severity);
-            let mark = match worst {
-                Severity::Ok => "√",
-                Severity::Warn => "‼",
-                Severity::Fail => "×",
-            };
-            let _ = writeln!(
-                out,
-                "{} {}: {}",
-                paint(worst, mark),
-                finding.id,
-                finding.check
-            );
-        }
-        if finding.severity == Severity::Ok {
-            continue;
-        }
-        let modes: Vec<String> = finding.modes.iter().map(ToString::to_string).collect();
-        let verb = match finding.severity {
-            Severity::Fail => "breaks",
-            _ => "concerns",
+    for of_check in findings.findings.chunk_by(|a, b| a.id == b.id) {
+        let [first, ..] = of_check else { continue };
+        let worst = of_check.iter().map(|finding| finding.severity).max();
+        let worst = worst.unwrap_or(first.severity);
+        let mark = match worst {
+            Severity::Ok => "√",
+            Severity::Warn => "‼",
+            Severity::Fail => "×",
         };
-        let _ = writeln!(out, "    {}: {}", finding.object, finding.found);
-        // The same reason again would only be in the way.
-        if next.is_none_or(|next| next.id != finding.id || next.modes != finding.modes) {
-            let _ = writeln!(out, "      {verb} {}: {}", modes.join(" and "), finding.why);
+        let _ = writeln!(out, "{} {}: {}", paint(worst, mark), first.id, first.check);
+        let alike = |a: &Finding, b: &Finding| a.severity == b.severity && a.modes == b.modes;
+        for findings in of_check.chunk_by(alike) {
+            told_together(&mut out, findings);
         }
-        let _ = writeln!(out, "      fix: {}", finding.fix);
     }
     out.push('\n');
     for mode in asked.modes() {
@@ -176,10 +151,24 @@ fn text(findings: &Findings, recommended: &Recommendation, asked: Asked, colour:
     out
 }
 
-/// Each with the one after it.
-fn pairs(findings: &[Finding]) -> impl Iterator<Item = (&Finding, Option<&Finding>)> {
-    let next = findings.iter().skip(1).map(Some).chain([None]);
-    findings.iter().zip(next)
+/// Findings of one check that are equally bad: what they have in common is told once.
+fn told_together(out: &mut String, findings: &[Finding]) {
+    let [first, ..] = findings else { return };
+    let verb = match first.severity {
+        Severity::Ok => return,
+        Severity::Warn => "concerns",
+        Severity::Fail => "breaks",
+    };
+    for finding in findings {
+        let _ = writeln!(out, "    {}: {}", finding.object, finding.found);
+    }
+    let modes: Vec<String> = first.modes.iter().map(ToString::to_string).collect();
+    let _ = writeln!(out, "      {verb} {}: {}", modes.join(" and "), first.why);
+    for findings in findings.chunk_by(|a, b| a.fix == b.fix) {
+        if let [first, ..] = findings {
+            let _ = writeln!(out, "      fix: {}", first.fix);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -210,6 +199,7 @@ mod tests {
                 finding("host/a", Severity::Ok, ""),
                 finding("node/b", Severity::Warn, "x"),
                 finding("node/b", Severity::Fail, "y"),
+                finding("node/b", Severity::Fail, "z"),
             ],
         };
         let recommended = recommended(&findings);
@@ -218,11 +208,13 @@ mod tests {
             "√ host/a: it is fine\n\
              × node/b: it is fine\n\
             \x20   x: is not\n\
+            \x20     concerns node: it matters\n\
             \x20     fix: mend it\n\
             \x20   y: is not\n\
+            \x20   z: is not\n\
             \x20     breaks node: it matters\n\
             \x20     fix: mend it\n\n\
-             node: × one finding breaks it\n\
+             node: × 2 findings break it\n\
              warnings: 1\n\
              recommended: inpod: node capture is broken by node/b\n"
         );

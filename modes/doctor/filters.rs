@@ -67,8 +67,14 @@ pub(super) static CHECKS: [Check; 7] = [
         fix: "accept TCP port 15008 before OBJECT does; in a NetworkPolicy: ingress port 15008 for every captured pod",
         look: |facts| {
             each_rule(facts, |rule| {
-                let meant = rule.drops() && rule.is_tcp() && rule.meets_port(HBONE_PORT);
-                meant.then(|| Found::fail(rule.chain, rule.text))
+                // What enters the node itself is no tunnel of a pod.
+                if rule.chain == "INPUT" || !rule.drops() || !rule.is_tcp() {
+                    return None;
+                }
+                match rule.port(HBONE_PORT)? {
+                    Meant::ByNumber => Some(Found::fail(rule.chain, rule.text)),
+                    Meant::AsOneOfAllOthers => Some(Found::warn(rule.chain, rule.text)),
+                }
             })
         },
     },
@@ -80,8 +86,14 @@ pub(super) static CHECKS: [Check; 7] = [
         fix: "accept 169.254.7.127/32 before OBJECT does; in a NetworkPolicy: ingress from 169.254.7.127/32",
         look: |facts| {
             each_rule(facts, |rule| {
-                (rule.drops() && rule.names_probe_address())
-                    .then(|| Found::fail(rule.chain, rule.text))
+                if !rule.drops() || !rule.names_probe_address() {
+                    return None;
+                }
+                // Where addresses are translated, that is before or after these tables, and not where packets are filtered.
+                Some(match rule.table {
+                    Some("raw" | "mangle") => Found::fail(rule.chain, rule.text),
+                    _ => Found::warn(rule.chain, rule.text),
+                })
             })
         },
     },
@@ -140,6 +152,9 @@ fn mixed(facts: &Facts) -> Vec<Found> {
 
 /// A rule of somebody else, as `ambidex dump` has it.
 struct Line<'a> {
+    /// Table of iptables; none for what nftables has beside it.
+    table: Option<&'a str>,
+    /// Chain of iptables, or family and table of nftables.
     chain: &'a str,
     text: &'a str,
 }
@@ -158,16 +173,37 @@ fn is_iptables_table(line: &str) -> bool {
 fn each_rule<'a>(facts: &'a Facts, look: impl Fn(&Line<'a>) -> Option<Found>) -> Vec<Found> {
     let rules = facts.filters.iter().filter_map(|line| {
         if line.starts_with("iptables-") {
-            let (_, text) = line.split_once(" -A ")?;
+            let (before, text) = line.split_once(" -A ")?;
             let chain = text.split(' ').next()?;
             let own = OWN_CHAINS.iter().any(|start| chain.starts_with(start));
-            return (!own).then_some(Line { chain, text });
+            let table = before.split(' ').nth(1);
+            return (!own).then_some(Line { table, chain, text });
         }
         let (table, text) = line.strip_prefix("nft ")?.split_once(" | ")?;
         let ipv4 = !table.starts_with("ip6 ") && !text.contains("nfproto ipv6");
-        ipv4.then_some(Line { chain: table, text })
+        ipv4.then_some(Line {
+            table: None,
+            chain: table,
+            text,
+        })
     });
     rules.filter_map(|rule| look(&rule)).collect()
+}
+
+/// How a rule selects a port.
+enum Meant {
+    ByNumber,
+    AsOneOfAllOthers,
+}
+
+impl Meant {
+    fn of(within: bool, negated: bool) -> Option<Self> {
+        match (within, negated) {
+            (true, false) => Some(Self::ByNumber),
+            (false, true) => Some(Self::AsOneOfAllOthers),
+            _ => None,
+        }
+    }
 }
 
 impl Line<'_> {
@@ -196,15 +232,15 @@ impl Line<'_> {
         }
     }
 
-    fn meets_port(&self, port: u16) -> bool {
+    /// Whether and how a destination port is selected.
+    fn port(&self, port: u16) -> Option<Meant> {
         for flag in ["--dport", "--dports"] {
             if let Some((negated, ports)) = self.after(flag) {
-                return ports.split(',').any(|range| in_range(range, ':', port)) != negated;
+                let within = ports.split(',').any(|range| in_range(range, ':', port));
+                return Meant::of(within, negated);
             }
         }
-        let Some((_, rest)) = self.text.split_once("tcp dport ") else {
-            return false;
-        };
+        let (_, rest) = self.text.split_once("tcp dport ")?;
         let (negated, rest) = match rest.strip_prefix("!= ") {
             Some(rest) => (true, rest),
             None => (false, rest),
@@ -213,10 +249,10 @@ impl Line<'_> {
             Some(set) => set.split('}').next().unwrap_or_default(),
             None => rest.split(' ').next().unwrap_or_default(),
         };
-        ports
+        let within = ports
             .split(',')
-            .any(|range| in_range(range.trim(), '-', port))
-            != negated
+            .any(|range| in_range(range.trim(), '-', port));
+        Meant::of(within, negated)
     }
 
     fn names_probe_address(&self) -> bool {

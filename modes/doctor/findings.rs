@@ -94,7 +94,7 @@ impl fmt::Display for Recommendation {
 }
 
 /// Chooses a capture: the one that nothing breaks; of both, the in-pod one, because it leaves the node's packet path to
-/// the network plugin.
+/// the network plugin. Wants findings about both.
 pub fn recommended(findings: &Findings) -> Recommendation {
     let ids = |mode| {
         let mut ids: Vec<&str> = findings.that_break(mode).map(|f| f.id.as_str()).collect();

@@ -6,7 +6,10 @@ use std::process::Command;
 use ambidex::doctor::Severity;
 use host_net::netns::Netns;
 use host_net::sysctl;
+use lab::standing::Daemon;
 use lab::topology::Mode;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -186,13 +189,28 @@ fn both_implementations_of_iptables_are_found() {
 }
 
 #[test]
-fn a_node_that_captures_has_nothing_that_breaks_its_captures() {
+fn a_node_that_captures_has_nothing_that_breaks_it_until_something_does() {
     let scene = own(&spec(Mode::Mixed));
-    let said = runtime::ambidex(&scene.lab, "doctor -o json --cni-conf-dir /nonexistent");
-    let broken: Vec<_> = wrong(&said.stdout)
-        .into_iter()
-        .filter(|(_, severity, _)| *severity == Severity::Fail)
-        .collect();
-    assert_eq!(broken, [], "{said:?}");
-    assert_eq!(said.code, 0);
+    let doctor = || {
+        let said = runtime::ambidex(&scene.lab, "doctor -o json --cni-conf-dir /nonexistent");
+        let mut found = wrong(&said.stdout);
+        found.retain(|(_, severity, _)| *severity == Severity::Fail);
+        (said.code, found)
+    };
+    assert_eq!(doctor(), (0, Vec::new()));
+
+    let proxy = scene.lab.netns("proxy1").unwrap();
+    sysctl::write(&proxy, "net/ipv4/tcp_fwmark_accept", "1").unwrap();
+    let agent = scene.lab.process(1, Daemon::Agent).unwrap();
+    kill(Pid::from_raw(agent.pid), Signal::SIGSTOP).unwrap();
+    let (code, found) = doctor();
+    kill(Pid::from_raw(agent.pid), Signal::SIGCONT).unwrap();
+    assert_eq!(code, 3);
+    for (id, object) in [
+        ("node/fwmark-accept", "tcp_fwmark_accept"),
+        ("host/agent", "agent"),
+    ] {
+        let wanted = (id.to_owned(), Severity::Fail, object.to_owned());
+        assert!(found.contains(&wanted), "no {wanted:?} in {found:#?}");
+    }
 }
