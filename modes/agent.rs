@@ -15,6 +15,7 @@ pub mod draining;
 mod enrol;
 mod events;
 mod keeper;
+pub mod kubernetes;
 mod lock;
 mod node;
 mod pages;
@@ -44,6 +45,7 @@ pub use lock::{LockError, StateLock};
 pub use pods::{NotFound, Pod, PodState, Pods};
 
 use crate::agent_client;
+use crate::cni::PodEvent;
 use crate::options::{Capture, Mode, VariantArgs};
 use crate::run_dir::RunDir;
 
@@ -73,6 +75,8 @@ pub struct AgentConfig {
     pub verify_every: Option<Duration>,
     /// How long connections may go on through the proxy when a running pod is unenrolled.
     pub drain: Duration,
+    /// Kubernetes as the one who knows the pods; none: the runtime is, and all that it adds are captured.
+    pub kubernetes: Option<kubernetes::Settings>,
 }
 
 /// A running agent.
@@ -91,6 +95,7 @@ pub struct Agent {
     counters: pages::Counters,
     effects: keeper::Effects,
     awaited: draining::Awaited,
+    kubernetes: Option<kubernetes::Source>,
 }
 
 /// What stands between a pod and its enrolment.
@@ -123,6 +128,10 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
             return Err(error).context(other);
         }
     };
+    let kubernetes = match &config.kubernetes {
+        Some(settings) => Some(kubernetes::Source::new(settings, config.mode).await?),
+        None => None,
+    };
     let pages = pages::Listeners::bind(config.health, config.metrics).await?;
     let journal = Journal::open(config.state_dir.join("journal"))?;
     let pods = Pods::open(&config.state_dir)?;
@@ -142,6 +151,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         counters: pages::Counters::default(),
         effects: keeper::Effects::default(),
         awaited: draining::Awaited::default(),
+        kubernetes,
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;
@@ -168,6 +178,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let sweeper = Arc::clone(&agent);
     let sweep_task = tokio::spawn(async move { sweeper.sweep().await });
     let keeper = agent.config.verify_every;
+    let source_tasks = agent.kubernetes.as_ref().map(|source| source.start(&agent));
     let keep_task = keeper.map(|every| tokio::spawn(Arc::clone(&agent).keep(every)));
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
     tokio::select! {
@@ -182,6 +193,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     drain_task.abort();
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());
+    source_tasks.iter().flatten().for_each(|task| task.abort());
     if let Some(task) = keep_task {
         task.abort();
     }
@@ -193,6 +205,27 @@ impl Agent {
     /// How a pod of this name is captured, if at all.
     fn mode_of(&self, pod_name: &str) -> Option<Capture> {
         self.config.mode.of_pod(pod_name)
+    }
+
+    /// How the pod of an event is captured, if at all, by whoever knows.
+    async fn wanted(&self, event: &PodEvent) -> Result<Option<kubernetes::Wanted>, EnrolError> {
+        match &self.kubernetes {
+            Some(source) => source.wanted(event).await,
+            None => Ok(self
+                .mode_of(&event.pod_name)
+                .map(|mode| kubernetes::Wanted {
+                    mode,
+                    identity: None,
+                })),
+        }
+    }
+
+    /// Whether it is known which pods are to be captured; the error says who has not said it.
+    fn knows_pods(&self) -> anyhow::Result<()> {
+        match &self.kubernetes {
+            Some(source) => source.ready().map_err(anyhow::Error::msg),
+            None => Ok(()),
+        }
     }
 
     /// Whether a pod could be enrolled now; the error says what is missing.

@@ -2,6 +2,7 @@
 
 pub mod duration;
 pub mod field;
+pub mod pod_source;
 pub mod tls;
 
 use clap::Args;

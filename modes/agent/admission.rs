@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use host_net::netlink::{Netlink, NetlinkError};
 use host_net::netns::Netns;
 
+use super::kubernetes::Wanted;
 use super::{Agent, EnrolError, Pod, PodState};
 use crate::cni::PodEvent;
 
@@ -62,13 +63,23 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
     if event.netns.is_empty() {
         return Err(invalid("the event has no Netns"));
     }
-    let Some(mode) = agent.mode_of(&event.pod_name) else {
-        return Ok(None);
-    };
-    let uid = if event.pod_uid.is_empty() {
-        &event.container_id
-    } else {
-        &event.pod_uid
+    match agent.wanted(event).await? {
+        Some(wanted) => admit(agent, event, wanted).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The pod of an event that is to be captured.
+pub(super) async fn admit(
+    agent: &Agent,
+    event: &PodEvent,
+    wanted: Wanted,
+) -> Result<Pod, EnrolError> {
+    let identity = wanted.identity.as_ref();
+    let uid = match identity {
+        Some(identity) => &identity.uid,
+        None if event.pod_uid.is_empty() => &event.container_id,
+        None => &event.pod_uid,
     };
     well_formed("PodUID", uid, UID_LIMIT)?;
     if !event.container_id.is_empty() {
@@ -79,10 +90,10 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
             well_formed(what, value, NAME_LIMIT)?;
         }
     }
-    let service_account = if event.service_account.is_empty() {
-        "default"
-    } else {
-        &event.service_account
+    let service_account = match identity {
+        Some(identity) => &identity.service_account,
+        None if event.service_account.is_empty() => "default",
+        None => &event.service_account,
     };
     well_formed("ServiceAccount", service_account, NAME_LIMIT)?;
     let addresses: Vec<IpAddr> = event.ips.iter().map(|ip| ip.address.addr()).collect();
@@ -117,14 +128,14 @@ pub(super) async fn pod_of(agent: &Agent, event: &PodEvent) -> Result<Option<Pod
         container_id: event.container_id.clone(),
         network: event.network.clone(),
         if_name: event.if_name.clone(),
-        mode,
+        mode: wanted.mode,
         state: PodState::Pending,
         live: false,
         drains_until: None,
     };
     refuse_second_attachment(agent, &pod)?;
     refuse_wrong_place(agent, &pod, &netns, address).await?;
-    Ok(Some(pod))
+    Ok(pod)
 }
 
 /// One attachment of a sandbox is captured: rules, listeners and identity are the sandbox's, so the end of a second

@@ -17,7 +17,7 @@ use crate::cni::PodEvent;
 pub(super) async fn check(agent: &Agent, event: &PodEvent) -> Result<(), EnrolError> {
     let failed = failed(event);
     let Some(pod) = known(agent, event) else {
-        if agent.mode_of(&event.pod_name).is_none() {
+        if agent.wanted(event).await?.is_none() {
             return Ok(());
         }
         return Err(failed(anyhow!("this agent has not enrolled it")));

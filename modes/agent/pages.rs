@@ -4,7 +4,7 @@
 //! | page | answer |
 //! |---|---|
 //! | `GET /healthz` (8000) | 200: the process answers |
-//! | `GET /readyz` (8000) | 200 once events of the plugin are taken, until an undo of the node; else 503 and why |
+//! | `GET /readyz` (8000) | 200 once events of the plugin are taken and Kubernetes, if it is the source, has listed all pods, until an undo of the node; else 503 and why |
 //! | `GET /metrics` (15014) | the field's names where they apply, and `ambidex_agent_pods` |
 //! | `POST /log` (`log.sock`) | a JSON array of JSON lines, which become lines of the agent's own log |
 
@@ -128,7 +128,7 @@ fn health(agent: &Agent, request: &Request<Incoming>) -> (StatusCode, String) {
         "/readyz" if !agent.counters.serving.load(Ordering::Acquire) => {
             unavailable("the agent is still restoring what an earlier one left".to_owned())
         }
-        "/readyz" => match agent.refuse_after_undo() {
+        "/readyz" => match agent.refuse_after_undo().and_then(|()| agent.knows_pods()) {
             Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
             Err(why) => unavailable(why.to_string()),
         },
@@ -182,6 +182,14 @@ fn metrics(agent: &Agent, request: &Request<Incoming>) -> (StatusCode, String) {
             })
             .collect(),
     );
+    if let Some(source) = &agent.kubernetes {
+        series(
+            "ambidex_kubernetes_connected",
+            "gauge",
+            "Whether the API server tells of pods and namespaces.",
+            vec![(String::new(), u64::from(source.is_connected()))],
+        );
+    }
     let effects = agent.effects.all();
     series(
         "ambidex_capture_effective",

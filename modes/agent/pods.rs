@@ -6,11 +6,12 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use host_net::journal::{boot_id, forget_incomplete};
 use host_net::netns::{Netns, NetnsId};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 use crate::options::Capture;
 
@@ -134,6 +135,7 @@ pub enum NotFound {
 pub struct Pods {
     dir: PathBuf,
     pods: Mutex<BTreeMap<String, Pod>>,
+    follower: OnceLock<mpsc::UnboundedSender<Pod>>,
 }
 
 impl Pods {
@@ -168,6 +170,7 @@ impl Pods {
         Ok(Self {
             dir,
             pods: Mutex::new(pods),
+            follower: OnceLock::new(),
         })
     }
 
@@ -225,6 +228,7 @@ impl Pods {
         fs::write(&aside, &text)
             .and_then(|()| fs::rename(&aside, &path))
             .map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
+        self.announce(&stored.pod);
         self.lock().insert(stored.pod.uid.clone(), stored.pod);
         Ok(())
     }
@@ -238,8 +242,23 @@ impl Pods {
             }
             _ => {}
         }
-        self.lock().remove(uid);
+        let removed = self.lock().remove(uid);
+        removed.iter().for_each(|pod| self.announce(pod));
         Ok(())
+    }
+
+    /// Has every pod sent that is put or removed from here on. There is one follower; a second one hears nothing.
+    pub(super) fn follow(&self) -> mpsc::UnboundedReceiver<Pod> {
+        let (follower, changes) = mpsc::unbounded_channel();
+        let _ = self.follower.set(follower);
+        changes
+    }
+
+    fn announce(&self, pod: &Pod) {
+        if let Some(follower) = self.follower.get() {
+            // Whoever follows ends with the agent.
+            let _ = follower.send(pod.clone());
+        }
     }
 
     fn path(&self, uid: &str) -> PathBuf {

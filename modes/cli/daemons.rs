@@ -15,6 +15,7 @@ use crate::agent::{self, AgentConfig};
 use crate::descriptors;
 use crate::logging;
 use crate::options::field::FieldArgs;
+use crate::options::pod_source::PodSourceArgs;
 use crate::options::tls::TlsArgs;
 use crate::options::{CaptureArgs, duration};
 use crate::proxy::{self, ProxyConfig};
@@ -27,6 +28,8 @@ const LEAST_WORKERS: usize = 2;
 pub(crate) struct AgentArgs {
     #[command(flatten)]
     capture: CaptureArgs,
+    #[command(flatten)]
+    pods: PodSourceArgs,
     /// Unix socket on which the proxy is expected (default: ztunnel.sock in the run directory)
     #[arg(long, env = "ZTUNNEL_UDS_ADDRESS", value_name = "PATH")]
     zds_socket: Option<PathBuf>,
@@ -65,7 +68,12 @@ pub(crate) struct AgentArgs {
 }
 
 pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
-    let _log = logging::start()?;
+    let log = logging::start()?;
+    if std::env::var_os("RUST_LOG").is_none() {
+        // It logs each failed request; the agent says once that the API server is away.
+        log.set_level("kube_client=off")
+            .map_err(anyhow::Error::msg)?;
+    }
     let run_dir = RunDir::from_env();
     let config = AgentConfig {
         mode: args.capture.mode,
@@ -80,6 +88,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
         metrics: args.metrics,
         verify_every: Some(args.verify_every).filter(|every| !every.is_zero()),
         drain: args.drain,
+        kubernetes: args.pods.settings()?,
     };
     descriptors::make_room();
     let runtime = tokio::runtime::Builder::new_multi_thread()

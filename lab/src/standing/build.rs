@@ -81,7 +81,8 @@ impl Lab {
         for node in &topology.nodes {
             self.wait_ready(node.index, progress)?;
         }
-        for (_, pod) in topology.pods().filter(|(_, pod)| pod.capture.is_some()) {
+        let added = |pod: &Pod| pod.capture.is_some() && !self.spec().leaves_pods;
+        for (_, pod) in topology.pods().filter(|(_, pod)| added(pod)) {
             progress(&format!(
                 "lab {}: pod {}/{}",
                 topology.lab, pod.namespace, pod.name

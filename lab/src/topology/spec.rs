@@ -40,6 +40,9 @@ pub struct LabSpec {
     /// damaged on purpose, or where nothing but the load may run.
     #[serde(default)]
     pub mends: bool,
+    /// The runtime adds no pod: they run uncaptured until somebody else has them enrolled.
+    #[serde(default)]
+    pub leaves_pods: bool,
     /// The programs that the lab runs.
     pub programs: Programs,
     /// Program and arguments of another proxy that speaks ZDS, in place of `ambidex proxy`. It runs where that would, with
@@ -122,6 +125,7 @@ impl LabSpec {
             isolate: true,
             control_plane: false,
             mends: false,
+            leaves_pods: false,
             programs,
             proxy_command: None,
             daemon_env: BTreeMap::new(),
