@@ -22,6 +22,9 @@ deps:
 	@missing=""; for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	@# Not in the list: other packages of kubectl have the same file.
+	@command -v kubectl >/dev/null || { echo "installing: kubernetes-client"; apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends kubernetes-client >/dev/null; }
 	@command -v $(CARGO) >/dev/null || { echo "cargo is not on PATH: install Rust 1.95 or newer (rustup.rs)"; exit 1; }
 
 build: deps
