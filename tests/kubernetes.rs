@@ -10,14 +10,14 @@ mod runtime;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Scene, eventually, own};
 use host_net::netns::Netns;
-use kube_api::{Kind, Server, Store};
+use kube_api::{Kind, Server, Store, strategic};
 use lab::standing::Daemon;
 use lab::topology::{Mode, OUTSIDE};
 use lab::traffic::Check;
@@ -55,6 +55,31 @@ fn kubectl(kubeconfig: &PathBuf) -> Command {
         .arg("--kubeconfig")
         .arg(kubeconfig);
     kubectl
+}
+
+/// Changes the status of a pod. A `kubectl` that has no word for it puts all of it.
+fn set_status(
+    kubectl: impl Fn(&str) -> String,
+    dir: &Path,
+    namespace: &str,
+    name: &str,
+    patch: &Value,
+) {
+    if kubectl("patch --help").contains("--subresource") {
+        let what = format!("pod -n {namespace} {name} --subresource=status");
+        kubectl(&format!("patch {what} --type=strategic -p {patch}"));
+        return;
+    }
+    let object = kubectl(&format!("get pod -n {namespace} {name} -o json"));
+    let mut object = serde_json::from_str(&object).unwrap();
+    strategic(&mut object, patch);
+    let file = dir.join("object.json");
+    std::fs::write(&file, object.to_string()).unwrap();
+    let place = format!("/api/v1/namespaces/{namespace}/pods/{name}/status");
+    kubectl(&format!(
+        "replace --validate=false --raw {place} -f {}",
+        file.display()
+    ));
 }
 
 /// A lab whose pods are in a cluster too, with an agent on each node that follows it.
@@ -338,7 +363,15 @@ fn pods_follow_their_labels() {
     cluster.store.allow_all();
 
     // A pod that ended, and one whose name another one has by now.
-    cluster.kubectl("patch pod -n alpha pod1-1 --subresource=status --type=merge -p {\"status\":{\"phase\":\"Succeeded\"}}");
+    let ended = json!({"status": {"phase": "Succeeded"}});
+    let dir = cluster.kubeconfig.parent().unwrap();
+    set_status(
+        |arguments| cluster.kubectl(arguments),
+        dir,
+        "alpha",
+        "pod1-1",
+        &ended,
+    );
     cluster.comes_to("a pod that has ended", &["pod2-1"]);
     let old = cluster.scene.pod("pod2-1").uid;
     cluster.kubectl("delete pod -n alpha pod2-1 --wait=false");
@@ -442,15 +475,12 @@ fn kubectl_takes_the_server() {
     );
     fine("annotate pod -n shop till note=x");
     sees("MODIFIED till");
-    let condition = r#"{"status":{"conditions":[{"type":"A","status":"True"}]}}"#;
-    fine(&format!(
-        "patch pod -n shop till --subresource=status --type=strategic -p {condition}"
-    ));
+    let condition = json!({"status": {"conditions": [{"type": "A", "status": "True"}]}});
+    set_status(fine, dir.path(), "shop", "till", &condition);
     sees("MODIFIED till");
-    let more = r#"{"spec":{"nodeName":"n"},"status":{"conditions":[{"type":"B","status":"True"},{"type":"A","status":"False"}]}}"#;
-    fine(&format!(
-        "patch pod -n shop till --subresource=status --type=strategic -p {more}"
-    ));
+    let more = json!({"spec": {"nodeName": "n"}, "status": {"conditions": [
+        {"type": "B", "status": "True"}, {"type": "A", "status": "False"}]}});
+    set_status(fine, dir.path(), "shop", "till", &more);
     sees("MODIFIED till");
     let till = store.pod("shop", "till").unwrap();
     let statuses = till["status"]["conditions"].as_array().unwrap();

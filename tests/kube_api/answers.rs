@@ -139,6 +139,7 @@ pub fn answer(
             };
             store.patch(&target.key(), target.status, strategic, &parsed()?)
         }
+        "update" => store.update(&target.key(), target.status, &parsed()?),
         "delete" => store.delete(&target.key()),
         other => Err((405, "MethodNotAllowed", other.to_owned())),
     }

@@ -10,5 +10,6 @@ mod selector;
 mod serve;
 mod store;
 
+pub use patch::strategic;
 pub use serve::Server;
 pub use store::{Kind, Store};

@@ -242,6 +242,27 @@ impl Store {
         strategic: bool,
         change: &Value,
     ) -> Result<Value, Refusal> {
+        self.modify(key, status, change, |object| {
+            if strategic {
+                patch::strategic(object, change);
+            } else {
+                patch::merge(object, change);
+            }
+        })
+    }
+
+    /// Puts an object in the place of what there is.
+    pub fn update(&self, key: &Key, status: bool, object: &Value) -> Result<Value, Refusal> {
+        self.modify(key, status, object, |place| *place = object.clone())
+    }
+
+    fn modify(
+        &self,
+        key: &Key,
+        status: bool,
+        change: &Value,
+        modify: impl FnOnce(&mut Value),
+    ) -> Result<Value, Refusal> {
         let mut state = self.lock();
         let Some(before) = state.objects.get(key).cloned() else {
             return Err(not_found(key));
@@ -259,11 +280,7 @@ impl Store {
             return Err((409, "Conflict", "the object has been modified".to_owned()));
         }
         let mut after = before.clone();
-        if strategic {
-            patch::strategic(&mut after, change);
-        } else {
-            patch::merge(&mut after, change);
-        }
+        modify(&mut after);
         // Either the status or the rest; labels and annotations can be changed through both.
         let kept = if status { "spec" } else { "status" };
         if key.0 == Kind::Pod {

@@ -16,8 +16,8 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 pub const CAPTURE_MODE: &str = "ambidex.io/capture-mode";
 /// On a pod that has a sidecar.
 pub const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
-/// Label by which the mesh's own pods are told apart.
-pub const APP: &str = "app";
+/// Labels by which the mesh's own pods are told apart.
+pub const APP: [&str; 2] = ["app", "app.kubernetes.io/name"];
 /// Its values on pods that carry others' traffic, in the agent's own namespace.
 const OWN_APPS: [&str; 4] = [
     "ztunnel",
@@ -177,7 +177,8 @@ fn excluded(candidate: &Candidate<'_>, rules: &Rules) -> Option<Reason> {
         labels.get(label).is_some_and(|found| found == value)
     };
     let (pod, namespace) = (candidate.labels, candidate.namespace_labels);
-    let own_app = || OWN_APPS.iter().any(|app| says(pod, APP, app));
+    let named = |app: &str| APP.iter().any(|label| says(pod, label, app));
+    let own_app = || OWN_APPS.iter().any(|app| named(app));
     let in_mesh =
         says(pod, DATAPLANE_MODE, "ambient") || says(namespace, DATAPLANE_MODE, "ambient");
     Some(match () {

@@ -83,7 +83,10 @@ impl KubernetesPod {
             key: Key::new(metadata.namespace.as_deref()?, metadata.name.as_deref()?),
             runtime_uid: annotation(MIRROR).unwrap_or_else(|| uid.clone()),
             uid,
-            labels: only(&metadata.labels, &[DATAPLANE_MODE, CAPTURE_MODE, APP]),
+            labels: only(
+                &metadata.labels,
+                &[DATAPLANE_MODE, CAPTURE_MODE, APP[0], APP[1]],
+            ),
             annotations: only(&metadata.annotations, &[SIDECAR_STATUS]),
             service_account: spec
                 .and_then(|spec| spec.service_account_name.clone())

@@ -20,6 +20,20 @@ env:
     value: /host/sysctl
   {{- end }}
   {{- if index . 2 }}
+  # Labels say which pods are captured.
+  - name: AMBIDEX_SOURCE
+    value: kubernetes
+  - name: NODE_NAME
+    valueFrom:
+      fieldRef: {fieldPath: spec.nodeName}
+  - name: POD_NAME
+    valueFrom:
+      fieldRef: {fieldPath: metadata.name}
+  - name: POD_NAMESPACE
+    valueFrom:
+      fieldRef: {fieldPath: metadata.namespace}
+  - name: EXCLUDE_NAMESPACES
+    value: {{ join "," $root.Values.cni.excludeNamespaces }}
   {{- with $root.Values.agent.env }}
   {{- include "ambidex.env" . | nindent 2 }}
   {{- end }}

@@ -107,6 +107,10 @@ fn exclusions_win_over_all_labels() {
         let labels = words(&format!(
             "dataplane={dataplane} capture={capture} app=ztunnel"
         ));
+        let ours = Words::from([(
+            "app.kubernetes.io/name".to_owned(),
+            "ambidex-agent".to_owned(),
+        )]);
         let plain = Candidate {
             namespace: "shop",
             name: "till-2",
@@ -142,6 +146,14 @@ fn exclusions_win_over_all_labels() {
             (
                 Candidate {
                     namespace: "ambidex-system",
+                    ..plain
+                },
+                Reason::OwnPod,
+            ),
+            (
+                Candidate {
+                    namespace: "ambidex-system",
+                    labels: &ours,
                     ..plain
                 },
                 Reason::OwnPod,
