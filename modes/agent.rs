@@ -11,6 +11,7 @@
 mod admission;
 pub mod api;
 mod check;
+mod closing;
 pub mod draining;
 mod enrol;
 mod events;
@@ -18,6 +19,7 @@ mod keeper;
 pub mod kubernetes;
 mod lock;
 mod node;
+pub mod notices;
 mod pages;
 mod plans;
 mod pods;
@@ -71,7 +73,7 @@ pub struct AgentConfig {
     pub health: SocketAddr,
     /// Address of the metrics page.
     pub metrics: SocketAddr,
-    /// Time between two looks at the captures of all pods; none: they are not looked at.
+    /// Time between two looks at the captures of all pods; none: only pods are looked for that are gone.
     pub verify_every: Option<Duration>,
     /// How long connections may go on through the proxy when a running pod is unenrolled.
     pub drain: Duration,
@@ -96,6 +98,8 @@ pub struct Agent {
     effects: keeper::Effects,
     awaited: draining::Awaited,
     kubernetes: Option<kubernetes::Source>,
+    closings: closing::Closings,
+    notices: notices::Notices,
 }
 
 /// What stands between a pod and its enrolment.
@@ -152,11 +156,14 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         effects: keeper::Effects::default(),
         awaited: draining::Awaited::default(),
         kubernetes,
+        closings: closing::Closings::default(),
+        notices: notices::Notices::default(),
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;
     agent.make_inpod_host_objects().await?;
     agent.restore_pods().await?;
+    agent.restore_closed()?;
     agent.converge_pods(Capture::Inpod).await;
     let (events, proxies) = mpsc::unbounded_channel();
     let zds_task =
@@ -175,11 +182,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ));
     let drainer = Arc::clone(&agent);
     let drain_task = tokio::spawn(async move { drainer.attend_drains().await });
-    let sweeper = Arc::clone(&agent);
-    let sweep_task = tokio::spawn(async move { sweeper.sweep().await });
-    let keeper = agent.config.verify_every;
     let source_tasks = agent.kubernetes.as_ref().map(|source| source.start(&agent));
-    let keep_task = keeper.map(|every| tokio::spawn(Arc::clone(&agent).keep(every)));
+    let keep_task = tokio::spawn(Arc::clone(&agent).keep(agent.config.verify_every));
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
     tokio::select! {
         _ = terminate.recv() => {}
@@ -189,14 +193,11 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     follow_task.abort();
     events_task.abort();
     api_task.abort();
-    sweep_task.abort();
     drain_task.abort();
+    keep_task.abort();
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());
     source_tasks.iter().flatten().for_each(|task| task.abort());
-    if let Some(task) = keep_task {
-        task.abort();
-    }
     tracing::info!("agent stopped; redirects stay in place");
     Ok(())
 }

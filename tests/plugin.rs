@@ -494,6 +494,52 @@ fn sockets_are_for_root_only() {
         assert!(ask(0), "{socket}");
         assert!(!ask(65534), "{socket} answers nobody");
     }
+    // ZDS is no HTTP: who is let in is told of at once, everybody else is hung up on.
+    let script = "import socket,sys\n\
+        s=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET)\n\
+        s.settimeout(3)\n\
+        s.connect(sys.argv[1])\n\
+        try: print('closed' if s.recv(10)==b'' else 'spoken to')\n\
+        except TimeoutError: print('waited for')\n\
+        except ConnectionError: print('closed')";
+    let zds = lab.run_dir(1).join("ztunnel.sock");
+    let connected = |uid: u32| {
+        let mut python = Command::new("python3");
+        python.args(["-c", script]).arg(&zds).uid(uid).gid(uid);
+        let output = python.output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(connected(65534).trim(), "closed");
+    assert_eq!(connected(0).trim(), "waited for", "until it says hello");
+    lab.wait_ready(1, &|_| {}).unwrap();
+}
+
+/// An event of a plugin that knows more than this agent, or less, and what the agent makes of it.
+#[rstest]
+fn plugins_of_other_versions_are_understood(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
+    let scene = own(&harness::spec(mode));
+    let lab = &scene.lab;
+    let sandbox = Sandbox::of(lab, "pod1-2");
+    let captured = dumps(lab, &PLACES);
+    sandbox.del(lab);
+    let empty = dumps(lab, &PLACES);
+    let mut later = sandbox.event();
+    later["Sandbox"] = json!({"Class": "kata"});
+    later["IPs"][0]["Zone"] = json!("eth0");
+    later["IPs"][0]["Address"]["Scope"] = json!(7);
+    let mut earlier = sandbox.event();
+    for key in ["ServiceAccount", "ContainerID", "Network", "IfName"] {
+        earlier.as_object_mut().unwrap().remove(key);
+    }
+    for event in [later, earlier] {
+        let body = event.to_string();
+        let (status, text) = request(lab, "pluginevent.sock", "POST /cmdadd", body.as_bytes());
+        assert_eq!((status, text.as_str()), (200, ""), "{event}");
+        assert_same("of another version", &captured, &dumps(lab, &PLACES));
+        let (status, text) = request(lab, "pluginevent.sock", "POST /cmddel", body.as_bytes());
+        assert_eq!((status, text.as_str()), (200, ""), "{event}");
+        assert_same("deleted", &empty, &dumps(lab, &PLACES));
+    }
 }
 
 /// Sixty sandboxes at once: all captured, all gone again, and little slower than the work itself.

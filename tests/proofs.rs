@@ -140,7 +140,8 @@ fn inpod() {
         &format!("iptables -t nat -D {masquerade}"),
     );
 
-    // Without the rule that redirects them, new connections leave the pod as they are.
+    // Without the rule that redirects them, and those that would stop them then, new connections leave the pod as they are.
+    run(&scene, "pod1-1", "iptables -F AMBIDEX_GUARD_OUT");
     run(
         &scene,
         "pod1-1",
@@ -205,11 +206,12 @@ fn node(variant: &Variant, other_flow: &Variant) {
         &format!("iptables -t nat -D {masquerade}"),
     );
 
-    // A node that knows none of its pods as captured forwards their packets past the proxy.
+    // A node that knows none of its pods as captured, and has nothing that would stop them, forwards their packets past the
+    // proxy.
     run(
         &scene,
         "node1",
-        "ipset flush ztunnel-pods-ips; ip route flush table 100",
+        "iptables -F ztunnel-FORWARD; ipset flush ztunnel-pods-ips; ip route flush table 100",
     );
     let about = [&CLEAR[..], &[ISTIOOUT, ISTIOIN]].concat();
     fails(&judged(&scene, variant, CrossNode), &about);

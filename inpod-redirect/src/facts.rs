@@ -20,6 +20,12 @@ pub const RULE_RETURN: u32 = 32764;
 /// Routing table in the pod: everything is local.
 pub const TABLE_LOCAL: u32 = 100;
 
+/// Ours: preference of the rule that makes answers local when the first one is gone.
+pub const SPARE_RULE_RETURN: u32 = 32765;
+
+/// Ours: routing table in the pod, as [`TABLE_LOCAL`].
+pub const SPARE_TABLE_LOCAL: u32 = 101;
+
 /// Connection tracking zone of the proxy's own DNS queries.
 pub const DNS_ZONE: u16 = 1;
 
@@ -38,3 +44,9 @@ pub const V6_OUTPUT_CHAIN: &str = "AMBIDEX_V6_OUT";
 pub const PROBE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// Set on the node: captured pods.
 pub const PROBES_SET: &str = "istio-inpod-probes-v4";
+
+/// Ours: iptables chain (filter) that drops what would enter the pod past the proxy.
+pub const GUARD_INPUT_CHAIN: &str = "AMBIDEX_GUARD_IN";
+
+/// Ours: iptables chain (filter) that drops what would leave the pod past the proxy.
+pub const GUARD_OUTPUT_CHAIN: &str = "AMBIDEX_GUARD_OUT";

@@ -15,6 +15,8 @@ use shared_proxy::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOU
 
 use crate::facts::*;
 
+mod guard;
+
 /// What a captured pod's plans have to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodFacts {
@@ -34,26 +36,17 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     if phase == Phase::Absent {
         return plan;
     }
-    plan.steps.push(Step::Route(Route {
-        table: TABLE_LOCAL,
-        dst: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
-        dev: "lo".to_owned(),
-        via: None,
-        src: None,
-        onlink: false,
-        kind: RouteKind::Local,
-        scope: RouteScope::Host,
-    }));
-    plan.steps.push(Step::Rule(Rule {
-        priority: RULE_RETURN,
-        fwmark: Some(MARK_RETURN),
-        action: RuleAction::Lookup(TABLE_LOCAL),
-    }));
+    plan.steps.push(all_local(TABLE_LOCAL));
+    plan.steps.push(return_rule(RULE_RETURN, TABLE_LOCAL));
+    plan.steps.extend(guard::spare_way_back());
     if facts.ipv6 && phase == Phase::Active {
         plan.steps
             .push(v6_chain(V6_INPUT_CHAIN, "INPUT", "! -i lo -j DROP"));
         plan.steps
             .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
+    }
+    if phase == Phase::Active {
+        plan.steps.extend(guard::chains());
     }
     plan.steps.push(chain(
         Table::Mangle,
@@ -112,6 +105,29 @@ fn dns_zone() -> [Step; 2] {
             )],
         ),
     ]
+}
+
+/// Everything is delivered here.
+fn all_local(table: u32) -> Step {
+    Step::Route(Route {
+        table,
+        dst: IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
+        dev: "lo".to_owned(),
+        via: None,
+        src: None,
+        onlink: false,
+        kind: RouteKind::Local,
+        scope: RouteScope::Host,
+    })
+}
+
+/// Answers to the proxy's sockets are looked up in this table.
+fn return_rule(priority: u32, table: u32) -> Step {
+    Step::Rule(Rule {
+        priority,
+        fwmark: Some(MARK_RETURN),
+        action: RuleAction::Lookup(table),
+    })
 }
 
 /// Begins a connection: `--syn` as `iptables-save` prints it.

@@ -21,7 +21,7 @@ use host_net::plan::Plan;
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, NotFound, running};
+use super::{Agent, NotFound, Pod, running};
 use crate::unix_http::{Answer, Caller};
 
 /// One plan and where it is applied.
@@ -33,6 +33,17 @@ pub struct PlacedPlan {
     pub netns: Option<PathBuf>,
     /// The plan.
     pub plan: Plan,
+}
+
+/// A pod, and whether it is closed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ShownPod {
+    /// The pod.
+    #[serde(flatten)]
+    pub pod: Pod,
+    /// Why and where its traffic is stopped, of a pod whose capture cannot be put back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
 }
 
 /// What differs in one place.
@@ -105,7 +116,7 @@ pub async fn answer(
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
             Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
         },
-        (Method::GET, "/v1/pods") => Answer::json(&agent.pods.all()),
+        (Method::GET, "/v1/pods") => Answer::json(&shown(&agent)),
         (Method::GET, "/v1/enrolments") => Answer::json(&agent.timings.all()),
         (Method::GET, "/v1/connections") => Answer::json(&agent.connections_of_all()),
         (Method::POST, "/v1/enrol") => running::enrol(&agent, &body, &caller).await,
@@ -128,6 +139,14 @@ pub async fn answer(
             format!("{method} {path}: no such page\n"),
         ),
     }
+}
+
+fn shown(agent: &Agent) -> Vec<ShownPod> {
+    let shown = |pod: Pod| ShownPod {
+        closed: agent.closings.finding(&pod.uid),
+        pod,
+    };
+    agent.pods.all().into_iter().map(shown).collect()
 }
 
 async fn about(agent: &Agent, subject: Option<&Subject>, method: &Method, path: &str) -> Answer {

@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::admission::has_address;
+use super::notices::What;
 use super::plans::announcement;
 use super::timings::{EnrolmentTimes, micros};
 use super::{Agent, Pod, PodState, removal};
@@ -148,6 +149,7 @@ impl Agent {
                     );
                 }
                 tracing::error!(pod = name, error = format!("{error:#}"), "enrolment failed");
+                self.notices.tell(&pod, What::Failed, format!("{error:#}"));
                 return Err(failed(error));
             }
         };
@@ -156,6 +158,8 @@ impl Agent {
             ..times
         });
         tracing::info!(pod = name, mode = %pod.mode, "pod is captured");
+        let sentence = format!("captured in mode {}", pod.mode);
+        self.notices.tell(&captured, What::Enrolled, sentence);
         Ok(())
     }
 
@@ -269,10 +273,14 @@ impl Agent {
     /// Takes a pod's redirect away and tells the proxy. A pod that could not be taken away whole stays on the list, as
     /// leaving.
     async fn take_away(&self, pod: &Pod, confirm_within: Duration) -> anyhow::Result<()> {
-        self.pods.put(Pod {
+        let leaving = Pod {
             state: PodState::Leaving,
             ..pod.clone()
-        })?;
+        };
+        // A full disk keeps no pod from leaving.
+        if let Err(error) = self.pods.put(leaving) {
+            tracing::warn!(pod = pod.qualified_name(), %error, "that a pod leaves is not on disk");
+        }
         let undone = removal::of_pod(pod, Some(&self.host), &self.journal).await;
         match timeout(confirm_within, self.zds.del(&pod.uid, DEL_DRAIN)).await {
             Ok(Ok(())) => {}
@@ -290,6 +298,7 @@ impl Agent {
             return Err(anyhow!(undone.errors.join("; ")));
         }
         self.pods.remove(&pod.uid)?;
+        self.forget_closed(&pod.uid);
         Ok(())
     }
 

@@ -5,34 +5,34 @@
 //! legacy iptables, listeners, the identity of pods' namespaces, what the proxy says; and now and then everything, because
 //! a message of the kernel's may be lost. Live probes go round at a rate that does not grow with the number of pods.
 
+mod found;
+mod mending;
+mod places;
+mod probing;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use host_net::engine::{self, Finding};
-use host_net::iptables::{Variant, choose};
 use host_net::netns::{Netns, NetnsId};
-use host_net::plan::{Family, Place, Plan, Step};
-use host_net::sockets::Listeners;
-use host_net::watch::Watch;
-use tokio::task::AbortHandle;
+use host_net::plan::{Place, Plan, Step};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
-use super::verify::{self, live};
-use super::{Agent, Pod, PodState, removal};
+use super::{Agent, Pod, PodState, verify};
 use crate::options::Capture;
+use found::Found;
+use places::{Kept, Namespaces, TOLD_EVERY};
 
 /// How long changes may go on before they are looked at: one command of an operator's makes many messages.
 const SETTLE: Duration = Duration::from_millis(200);
-/// How often rules are looked at of whose changes the kernel tells.
-const TOLD_EVERY: Duration = Duration::from_secs(300);
-/// How often those of whose changes it does not.
-const UNTOLD_EVERY: Duration = Duration::from_secs(5);
-/// Live probes in a sweep.
-const PROBES: usize = 15;
-/// Failures of a pod's probe in a row before it counts: one may have met a proxy that was just being replaced.
-const PROBE_FAILURES: u32 = 2;
+/// Time to the next sweep while it is in doubt whether a pod is captured.
+const IN_DOUBT: Duration = Duration::from_secs(1);
+/// Time between two searches for pods whose deletion nobody reported, where captures are not looked at.
+const LEFTOVERS_EVERY: Duration = Duration::from_secs(30);
+/// Pods' namespaces whose rules are looked at in one sweep without anything having changed, at least.
+const LOOKS: usize = 8;
 
 /// What is known of each pod's capture, for the metric and for whoever asks.
 #[derive(Debug, Default)]
@@ -49,40 +49,35 @@ impl Effects {
     }
 }
 
-/// One namespace in which there are objects of ours.
-struct Kept {
-    netns: Netns,
-    dirty: Arc<AtomicBool>,
-    /// Hears of changes; none where the kernel does not tell.
-    ear: Option<AbortHandle>,
-    /// When its rules were last looked at.
-    looked: Option<Instant>,
-    every: Duration,
-    listeners: Option<Listeners>,
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        if let Some(ear) = &self.ear {
-            ear.abort();
-        }
-    }
-}
-
 /// What the loop remembers between two rounds.
 #[derive(Default)]
 struct Memory {
     places: BTreeMap<NetnsId, Kept>,
-    /// Failures in a row of each pod's probe, by UID.
-    probes: BTreeMap<String, u32>,
-    /// UID of the pod that was probed last.
-    probed: String,
+    namespaces: Namespaces,
+    turns: probing::Turns,
+    broken: mending::Broken,
+}
+
+impl Memory {
+    /// Has a namespace looked at in the next round: whatever happened may have happened to other objects in it, too.
+    fn look_again_at(&mut self, netns: NetnsId) {
+        if let Some(kept) = self.places.get(&netns) {
+            kept.soil();
+        }
+    }
 }
 
 impl Agent {
-    /// Does so for ever.
-    pub(super) async fn keep(self: Arc<Self>, every: Duration) {
-        let heard = Arc::new(tokio::sync::Notify::new());
+    /// Does so for ever. Without `every` only pods are looked for whose deletion nobody reported: a runtime may delete a pod
+    /// while no agent runs to hear of it.
+    pub(super) async fn keep(self: Arc<Self>, every: Option<Duration>) {
+        let Some(every) = every else {
+            loop {
+                sleep(LEFTOVERS_EVERY).await;
+                self.take_away_leftovers().await;
+            }
+        };
+        let heard = Arc::new(Notify::new());
         let mut memory = Memory::default();
         let mut next = Instant::now();
         loop {
@@ -95,29 +90,60 @@ impl Agent {
             } else {
                 sleep(SETTLE).await;
             }
-            self.round(&mut memory, &heard, sweep).await;
+            self.round(&mut memory, &heard, sweep.then_some(every))
+                .await;
+            if memory.turns.are_in_doubt() || memory.broken.is_about_to_close() {
+                next = next.min(Instant::now() + IN_DOUBT);
+            }
         }
     }
 
-    async fn round(&self, memory: &mut Memory, heard: &Arc<tokio::sync::Notify>, sweep: bool) {
-        let captured = |pod: &Pod| pod.state == PodState::Captured;
-        let pods: Vec<Pod> = self.pods.all().into_iter().filter(captured).collect();
-        self.attend(memory, heard, &pods);
-        let mut found = self.look_at_objects(memory, sweep).await;
-        if sweep {
-            self.look_at_pods(memory, &pods, &mut found).await;
-            self.probe_some(memory, &pods, &mut found).await;
+    /// Looks at what has changed, and in a sweep at everything else, too.
+    async fn round(&self, memory: &mut Memory, heard: &Arc<Notify>, sweep: Option<Duration>) {
+        let (pods, others): (Vec<Pod>, Vec<Pod>) = self
+            .pods
+            .all()
+            .into_iter()
+            .partition(|pod| pod.state == PodState::Captured);
+        let namespaces = self.attend(memory, heard, &pods);
+        let mut found = self.look_at_objects(memory, &pods, sweep).await;
+        if sweep.is_some() {
+            self.look_at_pods(memory, &pods, &namespaces, &mut found)
+                .await;
+            let there: Vec<(&Pod, &Netns)> = pods
+                .iter()
+                .zip(&namespaces)
+                .filter_map(|(pod, netns)| Some((pod, netns.as_ref().ok()?)))
+                .collect();
+            self.probe_some(&mut memory.turns, &there, &mut found).await;
         }
         self.mend(memory, &pods, &mut found).await;
-        self.note(&pods, found, sweep);
+        if sweep.is_some() {
+            self.decide(memory, &pods, &mut found).await;
+        }
+        let leaving = others.iter().any(|pod| pod.state == PodState::Leaving);
+        let leftovers = found.leftovers || leaving;
+        self.note(&pods, found, sweep.is_some());
+        if sweep.is_some() && leftovers {
+            self.take_away_leftovers().await;
+        }
     }
 
-    /// Opens an ear in every namespace that has objects of ours, and closes those of namespaces that are gone.
-    fn attend(&self, memory: &mut Memory, heard: &Arc<tokio::sync::Notify>, pods: &[Pod]) {
+    /// Opens an ear in every namespace that has objects of ours, and closes those of namespaces that are gone. Returns the
+    /// pods' namespaces, in their order.
+    fn attend(
+        &self,
+        memory: &mut Memory,
+        heard: &Arc<Notify>,
+        pods: &[Pod],
+    ) -> Vec<std::io::Result<Netns>> {
+        memory.namespaces.retain(pods);
+        let namespaces: Vec<_> = pods.iter().map(|pod| memory.namespaces.of(pod)).collect();
         let mut places = vec![self.host.clone()];
         places.extend(self.node_setup().map(|setup| setup.proxy));
-        let inpod = pods.iter().filter(|pod| pod.mode == Capture::Inpod);
-        places.extend(inpod.filter_map(|pod| pod.open_netns().ok()));
+        let inpod = pods.iter().zip(&namespaces);
+        let inpod = inpod.filter(|(pod, _)| pod.mode == Capture::Inpod);
+        places.extend(inpod.filter_map(|(_, netns)| netns.as_ref().ok().cloned()));
         let wanted: BTreeSet<NetnsId> = places.iter().map(Netns::id).collect();
         memory.places.retain(|id, _| wanted.contains(id));
         for netns in places {
@@ -126,30 +152,41 @@ impl Agent {
                 .entry(netns.id())
                 .or_insert_with(|| Kept::new(netns, heard));
         }
+        namespaces
     }
 
-    /// Compares the kernel with what was made: rules where something has changed, the rest in each sweep.
-    async fn look_at_objects(&self, memory: &mut Memory, sweep: bool) -> Found {
+    /// Compares the kernel with what was made: rules where something has changed or was not looked at for long, the rest in
+    /// each sweep.
+    async fn look_at_objects(
+        &self,
+        memory: &mut Memory,
+        pods: &[Pod],
+        sweep: Option<Duration>,
+    ) -> Found {
         let mut found = Found::default();
-        for kept in memory.places.values_mut() {
-            let changed = kept.dirty.swap(false, Ordering::AcqRel);
-            let due = sweep
-                && kept
-                    .looked
-                    .is_none_or(|looked| looked.elapsed() >= kept.every);
-            if !(changed || sweep) {
+        let own = [
+            Some(self.host.id()),
+            self.node_setup().map(|setup| setup.proxy.id()),
+        ];
+        let due = match sweep {
+            Some(every) => due(&memory.places, &own, every),
+            None => BTreeSet::new(),
+        };
+        for (id, kept) in &mut memory.places {
+            let is_own = own.contains(&Some(*id));
+            let rules = kept.take_dirty() || due.contains(id);
+            if !(rules || is_own && sweep.is_some()) {
                 continue;
             }
-            let is_pods = kept.netns.id() != self.host.id()
-                && self
-                    .node_setup()
-                    .is_none_or(|setup| setup.proxy.id() != kept.netns.id());
-            if is_pods && !changed && !due {
-                continue;
-            }
-            let rules = changed || due;
             if rules {
                 kept.looked = Some(Instant::now());
+                let here = |pod: &&Pod| match is_own {
+                    true => pod.mode == Capture::Node,
+                    false => pod.netns_id == *id,
+                };
+                for pod in pods.iter().filter(here) {
+                    memory.turns.suspect(&pod.uid);
+                }
             }
             match self.compare(&kept.netns, rules).await {
                 Ok(findings) => findings
@@ -191,7 +228,13 @@ impl Agent {
     }
 
     /// What no message of the kernel's tells: whose namespace it is, who listens, what the proxy knows.
-    async fn look_at_pods(&self, memory: &mut Memory, pods: &[Pod], found: &mut Found) {
+    async fn look_at_pods(
+        &self,
+        memory: &mut Memory,
+        pods: &[Pod],
+        namespaces: &[std::io::Result<Netns>],
+        found: &mut Found,
+    ) {
         if let Err(error) = self.ready() {
             found.node.push(format!("{error:#}"));
         }
@@ -200,112 +243,24 @@ impl Agent {
             true => self.node_listeners(),
             false => Vec::new(),
         };
-        for pod in pods {
+        let ports = self.pod_ports();
+        for (pod, netns) in pods.iter().zip(namespaces) {
             let mut wrong = verify::proxy_findings(pod, &told);
-            match (pod.open_netns(), pod.mode) {
-                (Err(error), _) => wrong.push(error.to_string()),
+            match (netns, pod.mode) {
+                (Err(error), _) => {
+                    found.leftovers = true;
+                    wrong.push(error.to_string());
+                }
                 (Ok(_), Capture::Node) => wrong.extend(node_listeners.iter().cloned()),
                 (Ok(netns), Capture::Inpod) => {
                     if let Some(kept) = memory.places.get_mut(&netns.id()) {
-                        wrong.extend(kept.lacking_listeners(&self.pod_ports()));
+                        wrong.extend(kept.lacking_listeners(&ports));
                     }
                 }
             }
             found.add(&pod.uid, wrong);
         }
         found.node.extend(node_listeners);
-    }
-
-    /// Probes the next pods in turn, those that failed last time first.
-    async fn probe_some(&self, memory: &mut Memory, pods: &[Pod], found: &mut Found) {
-        memory
-            .probes
-            .retain(|uid, _| pods.iter().any(|pod| pod.uid == *uid));
-        let (after, before): (Vec<&Pod>, Vec<&Pod>) =
-            pods.iter().partition(|pod| pod.uid > memory.probed);
-        let suspect = |pod: &&Pod| memory.probes.contains_key(&pod.uid);
-        let mut turn: Vec<&Pod> = pods.iter().filter(suspect).take(PROBES / 2).collect();
-        let suspects = turn.len();
-        let mut others: Vec<&Pod> = after.into_iter().chain(before).collect();
-        others.retain(|pod| !turn.iter().any(|other| other.uid == pod.uid));
-        others.truncate(PROBES - suspects);
-        if let Some(last) = others.iter().map(|pod| &pod.uid).next_back() {
-            memory.probed.clone_from(last);
-        }
-        turn.extend(others);
-        let asked = turn.into_iter().map(|pod| async move {
-            let netns = pod.open_netns().ok()?;
-            Some((pod.uid.clone(), live::findings(pod, &netns).await))
-        });
-        for (uid, wrong) in futures_util::future::join_all(asked)
-            .await
-            .into_iter()
-            .flatten()
-        {
-            if wrong.is_empty() {
-                memory.probes.remove(&uid);
-                continue;
-            }
-            let failures = memory.probes.entry(uid.clone()).or_default();
-            *failures += 1;
-            if *failures >= PROBE_FAILURES {
-                found.add(&uid, wrong);
-            }
-        }
-    }
-
-    /// Puts back what is missing, and looks again at what was mended.
-    async fn mend(&self, memory: &mut Memory, pods: &[Pod], found: &mut Found) {
-        if !found.node_objects.is_empty() {
-            let lost = std::mem::take(&mut found.node_objects);
-            tracing::warn!(
-                lost = lost.join("; "),
-                "objects of the node are missing or changed; putting them back"
-            );
-            if let Err(error) = self.mend_node().await {
-                tracing::error!(
-                    error = format!("{error:#}"),
-                    "the node's objects cannot be put back"
-                );
-                found.node.extend(lost);
-            }
-        }
-        for (uid, lost) in std::mem::take(&mut found.pod_objects) {
-            let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
-                continue;
-            };
-            tracing::warn!(
-                pod = pod.qualified_name(),
-                lost = lost.join("; "),
-                "objects of a pod's capture are missing or changed; putting them back"
-            );
-            if let Err(error) = self.mend_pod(pod).await {
-                tracing::error!(
-                    pod = pod.qualified_name(),
-                    error = format!("{error:#}"),
-                    "a pod's capture cannot be put back"
-                );
-                found.add(&uid, lost);
-            } else {
-                found.mended.insert(uid);
-            }
-        }
-        if !found.mended.is_empty() {
-            // Whatever happened may have happened to other objects of the namespace as well.
-            memory
-                .places
-                .values_mut()
-                .for_each(|kept| kept.looked = None);
-        }
-    }
-
-    async fn mend_pod(&self, pod: &Pod) -> anyhow::Result<()> {
-        let _alone = self.busy.lock(&pod.uid).await;
-        if self.pods.get(&pod.uid).as_ref() != Some(pod) {
-            // It was unenrolled or enrolled anew meanwhile.
-            return Ok(());
-        }
-        self.make_redirect(pod).await
     }
 
     /// Says what has changed, and remembers it.
@@ -343,86 +298,19 @@ impl Agent {
     }
 }
 
-/// What a round found.
-#[derive(Default)]
-struct Found {
-    node: Vec<String>,
-    node_objects: Vec<String>,
-    pods: BTreeMap<String, Vec<String>>,
-    pod_objects: BTreeMap<String, Vec<String>>,
-    mended: BTreeSet<String>,
-}
-
-impl Found {
-    fn add(&mut self, uid: &str, findings: Vec<String>) {
-        if !findings.is_empty() {
-            self.pods
-                .entry(uid.to_owned())
-                .or_default()
-                .extend(findings);
-        }
-    }
-
-    fn add_object(&mut self, record: &str, finding: &Finding) {
-        let text = finding.to_string();
-        match removal::pod_of_record(record) {
-            Some(uid) => self
-                .pod_objects
-                .entry(uid.to_owned())
-                .or_default()
-                .push(text),
-            None => self.node_objects.push(text),
-        }
-    }
-}
-
-impl Kept {
-    fn new(netns: Netns, heard: &Arc<tokio::sync::Notify>) -> Self {
-        let dirty = Arc::new(AtomicBool::new(false));
-        let told = matches!(choose(&netns, Family::V4), Ok(Variant::Nft));
-        let ear = match Watch::new(&netns) {
-            Ok(mut watch) => {
-                let (dirty, heard) = (Arc::clone(&dirty), Arc::clone(heard));
-                let task = tokio::spawn(async move {
-                    while watch.changed().await.is_ok() {
-                        dirty.store(true, Ordering::Release);
-                        heard.notify_one();
-                        // A namespace in which something changes all the time is looked at now and then.
-                        sleep(SETTLE * 5).await;
-                    }
-                });
-                Some(task.abort_handle())
-            }
-            Err(error) => {
-                tracing::warn!(netns = %netns.id(), %error, "changes in a namespace cannot be listened for; it is looked at more often");
-                None
-            }
-        };
-        Self {
-            every: if told && ear.is_some() {
-                TOLD_EVERY
-            } else {
-                UNTOLD_EVERY
-            },
-            netns,
-            dirty,
-            ear,
-            looked: None,
-            listeners: None,
-        }
-    }
-
-    fn lacking_listeners(&mut self, wanted: &[u16]) -> Vec<String> {
-        if self.listeners.is_none() {
-            self.listeners = Listeners::of(&self.netns).ok();
-        }
-        match self.listeners.as_ref().map(Listeners::now) {
-            Some(Ok(listening)) => verify::lacking(&listening, wanted, verify::POD_PLACE),
-            Some(Err(error)) => {
-                self.listeners = None;
-                vec![error.to_string()]
-            }
-            None => vec!["the kernel cannot be asked who listens".to_owned()],
-        }
-    }
+/// The namespaces whose rules are looked at in this sweep although nothing is known to have changed: those of whose changes
+/// the kernel does not tell, and of the others so many that each is looked at once in [`TOLD_EVERY`].
+fn due(
+    places: &BTreeMap<NetnsId, Kept>,
+    own: &[Option<NetnsId>],
+    every: Duration,
+) -> BTreeSet<NetnsId> {
+    let (own, mut pods): (Vec<_>, Vec<_>) = places
+        .iter()
+        .filter(|(_, kept)| kept.is_due())
+        .partition(|(id, _)| own.contains(&Some(**id)));
+    let share = places.len() as f64 * every.as_secs_f64() / TOLD_EVERY.as_secs_f64();
+    pods.sort_by_key(|(_, kept)| kept.looked);
+    pods.truncate(LOOKS.max(share.ceil() as usize));
+    own.into_iter().chain(pods).map(|(id, _)| *id).collect()
 }

@@ -18,7 +18,7 @@ const AT_ONCE: usize = 8;
 fn rank(name: &str) -> u8 {
     if name.starts_with("pod-") {
         0
-    } else if name.starts_with("host-pod-") {
+    } else if pod_of_record(name).is_some() {
         1
     } else if name.starts_with("host-") {
         2
@@ -28,14 +28,39 @@ fn rank(name: &str) -> u8 {
 }
 
 /// Names of the records that a pod may have, in the order of removal.
-fn records_of(uid: &str) -> [String; 2] {
-    [format!("pod-{uid}"), format!("host-pod-{uid}")]
+fn records_of(uid: &str) -> [String; 4] {
+    [
+        format!("pod-{uid}"),
+        format!("host-pod-{uid}"),
+        // What stops its traffic goes last.
+        closing_in_pod(uid),
+        closing_on_node(uid),
+    ]
+}
+
+/// Prefixes of the records of what closes a pod, in its namespace and on the node.
+const CLOSING: [&str; 2] = ["closed-", "host-closed-"];
+
+/// Name of the record of what closes a pod in its namespace.
+pub(super) fn closing_in_pod(uid: &str) -> String {
+    format!("{}{uid}", CLOSING[0])
+}
+
+/// Name of the record of what closes a pod on the node.
+pub(super) fn closing_on_node(uid: &str) -> String {
+    format!("{}{uid}", CLOSING[1])
+}
+
+/// The pod that is closed by what this record is about.
+pub(super) fn pod_that_is_closed_by(name: &str) -> Option<&str> {
+    CLOSING.iter().find_map(|prefix| name.strip_prefix(prefix))
 }
 
 /// Whether a record belongs to a pod, and to which.
 pub(super) fn pod_of_record(name: &str) -> Option<&str> {
     name.strip_prefix("host-pod-")
         .or_else(|| name.strip_prefix("pod-"))
+        .or_else(|| pod_that_is_closed_by(name))
 }
 
 /// Undoes one record; `open` are namespaces that the caller holds open and that may be its.
@@ -128,6 +153,7 @@ mod tests {
             "proxy-node",
             "host-node",
             "host-pod-a",
+            "host-closed-a",
             "pod-a",
         ];
         names.sort_by_key(|name| rank(name));
@@ -136,6 +162,7 @@ mod tests {
             [
                 "pod-a",
                 "host-pod-a",
+                "host-closed-a",
                 "host-inpod",
                 "host-node",
                 "proxy-node"

@@ -1,7 +1,5 @@
 //! Bringing the pods of this node to what they should be: after a start, and now and then.
 
-use std::time::Duration;
-
 use futures_util::StreamExt;
 use futures_util::stream;
 
@@ -11,8 +9,6 @@ use crate::options::Capture;
 
 /// Pods whose redirects are looked at at the same time.
 const AT_ONCE: usize = 8;
-/// Time between two searches for pods whose deletion nobody reported.
-const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
 impl Agent {
     /// Makes the pods of an earlier agent known again.
@@ -90,14 +86,6 @@ impl Agent {
                 }
             })
             .await;
-    }
-
-    /// Does so for ever: a runtime may delete a pod while no agent runs to hear of it.
-    pub(super) async fn sweep(&self) {
-        loop {
-            tokio::time::sleep(SWEEP_EVERY).await;
-            self.take_away_leftovers().await;
-        }
     }
 
     /// Puts the redirects of the pods captured in this mode in place again: an earlier agent may have been killed half-way

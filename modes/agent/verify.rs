@@ -45,6 +45,8 @@ pub enum Aspect {
     Listeners,
     /// A proxy is connected, and knows the pod.
     Proxy,
+    /// The pod is not closed. Looked at only where it is.
+    Open,
     /// A connection from inside the pod reaches the proxy, and through a tunnel the pod.
     Probe,
 }
@@ -56,6 +58,7 @@ impl fmt::Display for Aspect {
             Aspect::Objects => "kernel objects are in place",
             Aspect::Listeners => "the proxy listens",
             Aspect::Proxy => "the proxy knows of it",
+            Aspect::Open => "its traffic is not stopped",
             Aspect::Probe => "a connection comes through",
         })
     }
@@ -158,8 +161,15 @@ impl Agent {
             note(Aspect::Listeners, listeners);
         }
         note(Aspect::Proxy, proxy_findings(pod, told));
+        if let Some(closed) = self.closings.finding(&pod.uid) {
+            note(Aspect::Open, vec![closed]);
+        }
         if let Ok(netns) = &netns {
-            note(Aspect::Probe, live::findings(pod, netns).await);
+            let trouble = live::probe(pod, netns).await.err();
+            note(
+                Aspect::Probe,
+                trouble.iter().map(ToString::to_string).collect(),
+            );
         }
         Verified {
             subject: pod.qualified_name(),

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::output::{OutputArgs, plain_table};
 use super::{Failure, block_on};
-use crate::agent::Pod;
+use crate::agent::api::ShownPod;
 use crate::run_dir::RunDir;
 use crate::{agent_client, proxy_client};
 
@@ -83,14 +83,14 @@ fn section(name: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 fn pods(output: OutputArgs) -> Result<(), Failure> {
-    let pods: Vec<Pod> = block_on(agent_client::get("/v1/pods"))??;
+    let pods: Vec<ShownPod> = block_on(agent_client::get("/v1/pods"))??;
     output.print(&pods, |wide| {
         let mut header = vec!["NAMESPACE", "NAME", "MODE", "STATE", "IP"];
         if wide {
             header.extend(["SERVICE ACCOUNT", "UID", "NETNS"]);
         }
         let mut table = plain_table(&header);
-        for pod in &pods {
+        for ShownPod { pod, closed } in &pods {
             let addresses = pod
                 .addresses
                 .iter()
@@ -101,7 +101,10 @@ fn pods(output: OutputArgs) -> Result<(), Failure> {
                 pod.namespace.clone(),
                 pod.name.clone(),
                 pod.mode.to_string(),
-                pod.state.to_string(),
+                match closed {
+                    Some(_) => "closed".to_owned(),
+                    None => pod.state.to_string(),
+                },
                 addresses,
             ];
             if wide {

@@ -44,6 +44,10 @@ pub const MARK_SAME_NODE: MarkMatch = low(0x404);
 pub const PODS_SET: &str = "ztunnel-pods-ips";
 /// Ours: captured pods that were running before they were enrolled.
 pub const LIVE_PODS_SET: &str = "mesh-live-pods";
+/// Ours: the set of captured pods once more, for the rules that stop what would pass beside the proxy when something of
+/// the capture is gone, the other set for one.
+pub const GUARD_SET: &str = "ambidex-guarded";
+
 /// Ours: ip6tables chain (filter) that drops the IPv6 of captured pods.
 pub const V6_CHAIN: &str = "ambidex-v6";
 

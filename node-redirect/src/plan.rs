@@ -22,6 +22,7 @@ use shared_proxy::capture::{
 
 use crate::facts::*;
 
+mod guard;
 mod rules;
 
 /// How much of a connection goes through the overlay.
@@ -132,7 +133,11 @@ pub struct PodFacts {
 
 /// Objects on the node, shared by all captured pods.
 pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
-    let mut steps = vec![set(PODS_SET, true), set(LIVE_PODS_SET, false)];
+    let mut steps = vec![
+        set(PODS_SET, true),
+        set(GUARD_SET, true),
+        set(LIVE_PODS_SET, false),
+    ];
     for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
         steps.push(link(
             tunnel.host,
@@ -309,6 +314,12 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
         onlink: false,
         kind: RouteKind::Unicast,
         scope: RouteScope::Global,
+    }));
+    // Last: it drops what the capture does not take.
+    plan.steps.push(Step::Member(Member {
+        set: GUARD_SET.to_owned(),
+        ip: facts.ip,
+        comment: Some(facts.uid.clone()),
     }));
     plan
 }

@@ -86,13 +86,15 @@ fn node_as_designed(node: &Node, flow: NodeFlow, dump: &Dump) -> Result<()> {
     exactly(
         "members",
         of(&dump.ipsets, " member "),
-        captured().map(|pod| {
-            let (ip, uid) = (pod.ip, &pod.uid);
-            format!("ipset ztunnel-pods-ips member {ip} comment \"{uid}\"")
+        captured().flat_map(|pod| {
+            ["ztunnel-pods-ips", "ambidex-guarded"].map(|set| {
+                let (ip, uid) = (pod.ip, &pod.uid);
+                format!("ipset {set} member {ip} comment \"{uid}\"")
+            })
         }),
     )?;
-    let sets = ["mesh-live-pods", "ztunnel-pods-ips"];
-    for (name, wanted) in sets.into_iter().zip([flow == NodeFlow::Hybrid, true]) {
+    let sets = ["mesh-live-pods", "ztunnel-pods-ips", "ambidex-guarded"];
+    for (name, wanted) in sets.into_iter().zip([flow == NodeFlow::Hybrid, true, true]) {
         let made = of(&dump.ipsets, &format!("ipset {name} hash:ip family inet "));
         ensure!((made.len() == 1) == wanted, "set {name}: {made:?}");
     }

@@ -8,6 +8,7 @@
 
 pub mod authority;
 pub mod guardian;
+pub mod marked;
 pub mod observe;
 pub mod state;
 pub mod wire;

@@ -170,6 +170,44 @@ pub fn bodies(lab: &Lab, sandbox: &Sandbox) {
         but("IPs", address("127.0.0.1", "/////w==")),
         but("IPs", address("10.244.1.1", "/////w==")),
         but("IPs", address("10.244.1.10", "/////w==")),
+        b"\"event\"".to_vec(),
+        b"7".to_vec(),
+        b"\x00\x00\x00\x00".to_vec(),
+        b"{\"PodName\":\"a\",\"PodName\":\"b\"}".to_vec(),
+        [event.to_string().as_bytes(), b" {}"].concat(),
+        "\u{feff}{}".as_bytes().to_vec(),
+        event
+            .to_string()
+            .encode_utf16()
+            .flat_map(u16::to_le_bytes)
+            .collect(),
+        but("Netns", json!(7)),
+        but("Netns", Value::Null),
+        but("Netns", json!("/run/netns/\u{0}")),
+        but("Netns", json!("/".repeat(5000))),
+        but("Netns", json!("/proc/self/ns/net/..")),
+        but("PodName", json!(["a"])),
+        but("PodName", json!("-a")),
+        but("PodName", json!("pod\u{202e}1")),
+        but("PodNamespace", json!("")),
+        but("PodNamespace", json!({"name": "a"})),
+        but("PodUID", json!(1.5)),
+        but("ServiceAccount", json!(true)),
+        but("ServiceAccount", json!("a".repeat(254))),
+        but("ContainerID", json!("x".repeat(129))),
+        but("Network", json!("a/b")),
+        but("IfName", json!("eth0 ; reboot")),
+        but("IPs", json!({})),
+        but("IPs", json!([null])),
+        but("IPs", json!([{"Interface": 0}])),
+        but("IPs", address("10.244.1.300", "/////w==")),
+        but("IPs", address("10.244.1.11", "not base64")),
+        but("IPs", address("10.244.1.11", "/wD/AA==")),
+        but("IPs", address("255.255.255.255", "/////w==")),
+        but(
+            "IPs",
+            json!(vec![address("10.244.1.11", "/////w==")[0].clone(); 17]),
+        ),
     ];
     for body in &bodies {
         let shown: String = String::from_utf8_lossy(body).chars().take(200).collect();
@@ -180,7 +218,7 @@ pub fn bodies(lab: &Lab, sandbox: &Sandbox) {
             "{shown}: {text}"
         );
     }
-    assert!(bodies.len() >= 20);
+    assert!(bodies.len() >= 60);
 }
 
 #[track_caller]

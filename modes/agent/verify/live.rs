@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use host_net::netns::Netns;
-use shared_proxy::probe::{self, Answer, Question};
-use tokio::net::TcpSocket;
+use shared_proxy::probe::{self, Answer, Question, Reached};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use crate::agent::Pod;
@@ -14,42 +14,56 @@ use crate::options::Capture;
 
 /// How long a probe may take: a tunnel's handshake on a busy node, and a lost packet.
 const WITHIN: Duration = Duration::from_secs(4);
+/// How long somebody may take to accept its connection, which the kernel does on the proxy's behalf.
+const TAKEN_WITHIN: Duration = Duration::from_millis(1500);
 
-/// What a probe of this pod finds wrong.
-pub(in crate::agent) async fn findings(pod: &Pod, netns: &Netns) -> Vec<String> {
-    let asked = timeout(WITHIN, ask(pod, netns)).await;
-    let outcome = asked.unwrap_or_else(|_| {
-        Err(anyhow!(
-            "no answer from {} within {WITHIN:?}: the pod's connections do not reach the proxy, or are not captured",
-            probe::ADDRESS
-        ))
-    });
-    outcome
-        .err()
-        .map(|error| format!("{error:#}"))
-        .into_iter()
-        .collect()
+/// Why a probe did not come through.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::agent) enum Trouble {
+    /// Nobody took the connection: it was led past the proxy, or was stopped on its way.
+    #[error("{0}")]
+    NotTaken(String),
+    /// It was taken, or was refused, and not answered as it should be.
+    #[error("{0}")]
+    NotAnswered(String),
 }
 
-async fn ask(pod: &Pod, netns: &Netns) -> anyhow::Result<()> {
-    // A socket stays in the namespace that it was made in.
-    let socket = netns.run(TcpSocket::new_v4)??;
-    let mut stream = socket
-        .connect(probe::ADDRESS)
-        .await
-        .map_err(explain)
-        .with_context(|| format!("connecting to {} in the pod", probe::ADDRESS))?;
+impl From<anyhow::Error> for Trouble {
+    fn from(error: anyhow::Error) -> Self {
+        Trouble::NotAnswered(format!("{error:#}"))
+    }
+}
+
+/// Probes a pod.
+pub(in crate::agent) async fn probe(pod: &Pod, netns: &Netns) -> Result<(), Trouble> {
+    timeout(WITHIN, ask(pod, netns)).await.unwrap_or_else(|_| {
+        Err(Trouble::NotAnswered(format!(
+            "no answer from {} within {WITHIN:?}: a connection was taken and the proxy does not answer",
+            probe::ADDRESS
+        )))
+    })
+}
+
+async fn ask(pod: &Pod, netns: &Netns) -> Result<(), Trouble> {
+    let mut stream = connect(netns).await?;
     let question = Question {
         nonce: format!("{:032x}", rand::random::<u128>()),
     };
-    probe::write(&mut stream, &question).await?;
+    let asked = probe::write(&mut stream, &question).await;
+    asked.context("asking the proxy")?;
     let answer = probe::read::<Answer>(&mut stream)
         .await
         .context("the proxy's answer")?;
     let reached = match answer {
         Answer::Reached(reached) => reached,
-        Answer::Failed(why) => return Err(anyhow!("the proxy does not reach the pod: {why}")),
+        Answer::Failed(why) => {
+            return Err(anyhow!("the proxy does not reach the pod: {why}").into());
+        }
     };
+    Ok(is_right(pod, &question, &reached)?)
+}
+
+fn is_right(pod: &Pod, question: &Question, reached: &Reached) -> anyhow::Result<()> {
     anyhow::ensure!(
         reached.nonce == question.nonce,
         "an answer to another question"
@@ -71,15 +85,28 @@ async fn ask(pod: &Pod, netns: &Netns) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The errors that say which half of the way is missing.
-fn explain(error: io::Error) -> anyhow::Error {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => {
-            anyhow!("refused: the pod is captured and no proxy listens")
-        }
-        io::ErrorKind::NetworkUnreachable => {
-            anyhow!("the pod has no route to it: without a default route nothing can be probed")
-        }
-        _ => error.into(),
-    }
+async fn connect(netns: &Netns) -> Result<TcpStream, Trouble> {
+    let address = probe::ADDRESS;
+    // A socket stays in the namespace that it was made in.
+    let socket = netns
+        .run(TcpSocket::new_v4)
+        .and_then(|socket| socket)
+        .with_context(|| format!("a socket to {address} in the pod"))?;
+    let error = match timeout(TAKEN_WITHIN, socket.connect(address)).await {
+        Ok(Ok(stream)) => return Ok(stream),
+        Ok(Err(error)) => error,
+        Err(_) => io::ErrorKind::TimedOut.into(),
+    };
+    Err(match error.kind() {
+        io::ErrorKind::ConnectionRefused => Trouble::NotAnswered(format!(
+            "connecting to {address} in the pod: refused: the pod is captured and no proxy listens"
+        )),
+        io::ErrorKind::NetworkUnreachable => Trouble::NotAnswered(format!(
+            "the pod has no route to {address}: without a default route nothing can be probed"
+        )),
+        io::ErrorKind::TimedOut => Trouble::NotTaken(format!(
+            "no answer from {address} within {TAKEN_WITHIN:?}: the pod's connections do not reach the proxy, or are not captured"
+        )),
+        _ => Trouble::NotTaken(format!("connecting to {address} in the pod: {error}")),
+    })
 }

@@ -64,7 +64,12 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
             "POSTROUTING",
             [accept(), dns_keeps_its_source(facts)].concat(),
         ),
-        chain(Table::Filter, FORWARD, "FORWARD", accept()),
+        chain(
+            Table::Filter,
+            FORWARD,
+            "FORWARD",
+            [guard::forward(facts, flow), accept()].concat(),
+        ),
     ]
 }
 
