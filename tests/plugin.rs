@@ -514,34 +514,6 @@ fn sockets_are_for_root_only() {
     lab.wait_ready(1, &|_| {}).unwrap();
 }
 
-/// An event of a plugin that knows more than this agent, or less, and what the agent makes of it.
-#[rstest]
-fn plugins_of_other_versions_are_understood(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
-    let scene = own(&harness::spec(mode));
-    let lab = &scene.lab;
-    let sandbox = Sandbox::of(lab, "pod1-2");
-    let captured = dumps(lab, &PLACES);
-    sandbox.del(lab);
-    let empty = dumps(lab, &PLACES);
-    let mut later = sandbox.event();
-    later["Sandbox"] = json!({"Class": "kata"});
-    later["IPs"][0]["Zone"] = json!("eth0");
-    later["IPs"][0]["Address"]["Scope"] = json!(7);
-    let mut earlier = sandbox.event();
-    for key in ["ServiceAccount", "ContainerID", "Network", "IfName"] {
-        earlier.as_object_mut().unwrap().remove(key);
-    }
-    for event in [later, earlier] {
-        let body = event.to_string();
-        let (status, text) = request(lab, "pluginevent.sock", "POST /cmdadd", body.as_bytes());
-        assert_eq!((status, text.as_str()), (200, ""), "{event}");
-        assert_same("of another version", &captured, &dumps(lab, &PLACES));
-        let (status, text) = request(lab, "pluginevent.sock", "POST /cmddel", body.as_bytes());
-        assert_eq!((status, text.as_str()), (200, ""), "{event}");
-        assert_same("deleted", &empty, &dumps(lab, &PLACES));
-    }
-}
-
 /// Sixty sandboxes at once: all captured, all gone again, and little slower than the work itself.
 #[test]
 fn sixty_pods_at_once() {

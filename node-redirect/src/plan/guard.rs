@@ -14,7 +14,9 @@ pub(super) fn forward(facts: &HostFacts, flow: Flow) -> Vec<String> {
     let mut rules = vec![
         // A connection that begins goes into the tunnel, unless the proxy makes it.
         format!("! -i {veth} ! -o {tunnel_out} {begins} {GUARD_SET} src -j DROP"),
-        format!("! -i {veth} ! -o {tunnel_in} {begins} {GUARD_SET} dst -j DROP"),
+        format!(
+            "! -i {veth} ! -o {tunnel_in} {begins} {GUARD_SET} dst -m set ! --match-set {GUARD_SET} src -j DROP"
+        ),
         // One that the proxy speaks in with somebody else's address comes from it or goes to it, for life.
         format!("! -i {veth} ! -o {veth} -m connmark --mark {MARK_PROXY} -j DROP"),
     ];
