@@ -19,7 +19,6 @@ mod keeper;
 pub mod kubernetes;
 mod lock;
 mod node;
-pub mod notices;
 mod pages;
 mod plans;
 mod pods;
@@ -99,7 +98,6 @@ pub struct Agent {
     awaited: draining::Awaited,
     kubernetes: Option<kubernetes::Source>,
     closings: closing::Closings,
-    notices: notices::Notices,
 }
 
 /// What stands between a pod and its enrolment.
@@ -157,7 +155,6 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         awaited: draining::Awaited::default(),
         kubernetes,
         closings: closing::Closings::default(),
-        notices: notices::Notices::default(),
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;

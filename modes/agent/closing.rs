@@ -16,7 +16,6 @@ use serde::Serialize;
 use shared_proxy::capture::HBONE_PORT;
 use shared_proxy::probe;
 
-use super::notices::What;
 use super::{Agent, Pod, removal};
 use crate::options::Capture;
 
@@ -152,7 +151,6 @@ impl Agent {
         if before.is_some_and(|before| before.stopped_in == closed.stopped_in) {
             return;
         }
-        let sentence = self.closings.finding(&pod.uid).unwrap_or_default();
         tracing::error!(
             pod = pod.qualified_name(),
             uid = pod.uid,
@@ -162,7 +160,6 @@ impl Agent {
              when that is mended",
             pod.qualified_name()
         );
-        self.notices.tell(pod, What::Closed, sentence);
     }
 
     /// Opens a pod whose capture was proven.
@@ -188,8 +185,6 @@ impl Agent {
             uid = pod.uid,
             "pod is open again: its capture works"
         );
-        self.notices
-            .tell(pod, What::Reopened, "the capture works again");
     }
 
     /// Forgets a pod that is gone, and what closed it with it.

@@ -10,7 +10,6 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::admission::has_address;
-use super::notices::What;
 use super::plans::announcement;
 use super::timings::{EnrolmentTimes, micros};
 use super::{Agent, Pod, PodState, removal};
@@ -149,7 +148,6 @@ impl Agent {
                     );
                 }
                 tracing::error!(pod = name, error = format!("{error:#}"), "enrolment failed");
-                self.notices.tell(&pod, What::Failed, format!("{error:#}"));
                 return Err(failed(error));
             }
         };
@@ -158,8 +156,6 @@ impl Agent {
             ..times
         });
         tracing::info!(pod = name, mode = %pod.mode, "pod is captured");
-        let sentence = format!("captured in mode {}", pod.mode);
-        self.notices.tell(&captured, What::Enrolled, sentence);
         Ok(())
     }
 

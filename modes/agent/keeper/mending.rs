@@ -7,7 +7,6 @@ use tokio::time::Instant;
 
 use super::Memory;
 use super::found::Found;
-use crate::agent::notices::What;
 use crate::agent::{Agent, Pod};
 use crate::options::Capture;
 
@@ -101,9 +100,6 @@ impl Agent {
                 );
                 found.unmended.insert(uid.clone());
                 found.add(&uid, vec![lost, error]);
-            } else {
-                self.notices
-                    .tell(pod, What::Mended, format!("put back: {lost}"));
             }
         }
     }
