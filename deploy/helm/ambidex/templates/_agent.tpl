@@ -20,6 +20,7 @@ env:
     value: /host/sysctl
   {{- end }}
   {{- if index . 2 }}
+  {{- if not $root.Values.teardown }}
   # Labels say which pods are captured.
   - name: AMBIDEX_SOURCE
     value: kubernetes
@@ -33,7 +34,8 @@ env:
     valueFrom:
       fieldRef: {fieldPath: metadata.namespace}
   - name: EXCLUDE_NAMESPACES
-    value: {{ join "," $root.Values.cni.excludeNamespaces }}
+    value: {{ join "," $root.Values.cni.excludeNamespaces | quote }}
+  {{- end }}
   {{- with $root.Values.agent.env }}
   {{- include "ambidex.env" . | nindent 2 }}
   {{- end }}
