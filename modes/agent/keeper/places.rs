@@ -164,6 +164,8 @@ mod tests {
             if_name: String::new(),
             mode: Capture::Inpod,
             state: PodState::Captured,
+            live: false,
+            drains_until: None,
         };
         let mut namespaces = Namespaces::default();
         assert_eq!(namespaces.of(&pod).unwrap().id(), netns.id());
