@@ -227,8 +227,12 @@ impl Source {
         }
         let why = wrong.join("; ");
         self.forget_proof(uid);
-        self.fail(pod, Happened::Broken, &why).await;
-        self.tell(pod, Told::pending("NotEffective", &why)).await?;
+        let (happened, reason) = match agent.closings.get(uid) {
+            Some(_) => (Happened::Closed, "Closed"),
+            None => (Happened::Broken, "NotEffective"),
+        };
+        self.fail(pod, happened, &why).await;
+        self.tell(pod, Told::pending(reason, &why)).await?;
         Err(anyhow!(why))
     }
 

@@ -162,6 +162,8 @@ pub(super) enum Happened {
     Broken,
     /// It does again.
     Mended,
+    /// Its capture cannot be put back, and its traffic is stopped.
+    Closed,
     /// It is not captured any more.
     Released,
     /// Its labels want something that is not possible.
@@ -176,6 +178,7 @@ impl Happened {
             Self::Failed => (EventType::Warning, "CaptureFailed", "Enrol"),
             Self::Broken => (EventType::Warning, "CaptureBroken", "Verify"),
             Self::Mended => (EventType::Normal, "CaptureMended", "Verify"),
+            Self::Closed => (EventType::Warning, "CaptureClosed", "Close"),
             Self::Released => (EventType::Normal, "Released", "Unenrol"),
             Self::Refused => (EventType::Warning, "CaptureRefused", "Enrol"),
         }
