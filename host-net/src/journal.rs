@@ -99,17 +99,9 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
-    seen: Mutex<Seen>,
-}
-
-/// What has been read and written.
-#[derive(Debug, Default)]
-struct Seen {
-    /// Records by file name with the file's identity.
-    records: HashMap<String, (FileIdentity, Arc<Record>)>,
-    /// Whether these are all: then nobody has to look through the directory, which would cost each pod of many as much as
-    /// there are pods.
-    all: bool,
+    /// All readable records by file name with the file's identity: looking through the directory would cost each of many pods
+    /// as much as there are pods.
+    seen: Mutex<HashMap<String, (FileIdentity, Arc<Record>)>>,
 }
 
 /// Inode, size and time of change in nanoseconds: a replaced record differs in at least one.
@@ -125,10 +117,16 @@ impl Journal {
         fs::create_dir_all(&dir).map_err(at(&dir))?;
         fs::read_dir(&dir).map_err(at(&dir))?;
         forget_incomplete(&dir, SUFFIX).map_err(at(&dir))?;
-        Ok(Self {
+        let journal = Self {
             dir,
             seen: Mutex::default(),
-        })
+        };
+        for name in journal.list()? {
+            if let Err(error) = journal.cached(&name) {
+                tracing::warn!(%error, "journal record left out");
+            }
+        }
+        Ok(journal)
     }
 
     /// The record of the plan `name`, if there is one.
@@ -160,30 +158,19 @@ impl Journal {
     /// All readable records, except `but`, of the namespace `netns`. Damaged ones are left out: they must not keep
     /// other plans from being applied or removed. Sorted by name.
     ///
-    /// The directory is read once; after that, what this journal wrote and forgot is added and taken away. So one program
-    /// at a time may hold it: see the agent's lock.
-    ///
-    /// # Errors
-    /// When the directory cannot be read.
-    pub fn others_in(&self, netns: NetnsId, but: &str) -> Result<Vec<Arc<Record>>, JournalError> {
-        if !lock(&self.seen).all {
-            for name in self.list()? {
-                if let Err(error) = self.cached(&name) {
-                    tracing::warn!(%error, "journal record left out");
-                }
-            }
-            lock(&self.seen).all = true;
-        }
+    /// The directory was read when it was opened; since then, what this journal wrote, loaded and forgot was added and taken
+    /// away. Two programs that write to one directory at the same time do not hear of each other's records here: that is
+    /// what the agent's lock is for.
+    pub fn others_in(&self, netns: NetnsId, but: &str) -> Vec<Arc<Record>> {
         let seen = lock(&self.seen);
         let mut records: Vec<Arc<Record>> = seen
-            .records
             .values()
             .filter(|(_, record)| record.netns == netns && record.plan.name != but)
             .map(|(_, record)| Arc::clone(record))
             .collect();
         drop(seen);
         records.sort_by(|a, b| a.plan.name.cmp(&b.plan.name));
-        Ok(records)
+        records
     }
 
     /// Writes `record` under its plan's name. On return it is what every later reader finds, whoever is killed; a crash in
@@ -210,9 +197,7 @@ impl Journal {
         match written {
             Ok(meta) => {
                 let entry = (identity(&meta), Arc::new(record.clone()));
-                lock(&self.seen)
-                    .records
-                    .insert(record.plan.name.clone(), entry);
+                lock(&self.seen).insert(record.plan.name.clone(), entry);
                 Ok(())
             }
             Err(source) => {
@@ -228,11 +213,14 @@ impl Journal {
     /// When the file cannot be deleted.
     pub fn forget(&self, name: &str) -> Result<(), JournalError> {
         let path = self.path(name)?;
-        lock(&self.seen).records.remove(name);
         match fs::remove_file(&path) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(JournalError::Io { path, source }),
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(JournalError::Io { path, source })
+            }
+            _ => {
+                lock(&self.seen).remove(name);
+                Ok(())
+            }
         }
     }
 
@@ -241,12 +229,12 @@ impl Journal {
         let identity = match fs::metadata(&path) {
             Ok(meta) => identity(&meta),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                lock(&self.seen).records.remove(name);
+                lock(&self.seen).remove(name);
                 return Ok(None);
             }
             Err(source) => return Err(JournalError::Io { path, source }),
         };
-        if let Some((known, record)) = lock(&self.seen).records.get(name)
+        if let Some((known, record)) = lock(&self.seen).get(name)
             && *known == identity
         {
             return Ok(Some(Arc::clone(record)));
@@ -259,9 +247,7 @@ impl Journal {
         let record: Arc<Record> = serde_json::from_slice(&text)
             .map(Arc::new)
             .map_err(|source| JournalError::Damaged { path, source })?;
-        lock(&self.seen)
-            .records
-            .insert(name.to_owned(), (identity, Arc::clone(&record)));
+        lock(&self.seen).insert(name.to_owned(), (identity, Arc::clone(&record)));
         Ok(Some(record))
     }
 

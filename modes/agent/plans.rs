@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::anyhow;
 use host_net::netlink::Netlink;
-use host_net::plan::{Family, Phase, Place, Plan};
+use host_net::plan::{Phase, Place, Plan};
 use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
@@ -88,11 +88,8 @@ pub(super) fn announcement(pod: &Pod) -> anyhow::Result<Add> {
 async fn pod_veth(netlink: &Netlink, address: Ipv4Addr) -> anyhow::Result<String> {
     let destination = IpNet::from(IpAddr::V4(address));
     netlink
-        .routes(Family::V4)
+        .device_to(MAIN_TABLE, destination)
         .await?
-        .into_iter()
-        .find(|route| route.table == MAIN_TABLE && route.dst == destination)
-        .and_then(|route| route.route.map(|route| route.dev))
         .ok_or_else(|| {
             anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
         })

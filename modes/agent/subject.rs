@@ -67,7 +67,7 @@ impl Agent {
     pub(super) async fn diff(&self, subject: &Subject) -> anyhow::Result<Vec<PlacedFindings>> {
         let mut places = Vec::new();
         for (place, plan) in self.placed(subject).await? {
-            let others = self.journal.others_in(place.netns.id(), &plan.name)?;
+            let others = self.journal.others_in(place.netns.id(), &plan.name);
             let others: Vec<&Plan> = others.iter().map(|record| &record.plan).collect();
             let findings = engine::inspect_among(&place, &plan, &others).await?;
             places.push(PlacedFindings {

@@ -111,7 +111,7 @@ pub async fn apply(
         source: Box::new(source),
     };
     let before = journal.load(&to.name)?;
-    let others = journal.others_in(place.netns.id(), &to.name)?;
+    let others = journal.others_in(place.netns.id(), &to.name);
     let known = before.as_ref().filter(|record| is_about(record, place));
     let kernel = Kernel::new(
         place,

@@ -83,7 +83,9 @@ impl<'a> Prepared<'a> {
                 netns: kernel.netns().id(),
                 netns_path: known
                     .and_then(|r| r.netns_path.clone())
-                    .filter(|path| whereabouts::leads_to(path, kernel.netns().id()))
+                    .into_iter()
+                    .chain(others.iter().filter_map(|r| r.netns_path.clone()))
+                    .find(|path| whereabouts::leads_to(path, kernel.netns().id()))
                     .or_else(|| whereabouts::named_path(kernel.netns().id())),
                 boot_id: boot_id(),
                 previous_sysctls: known

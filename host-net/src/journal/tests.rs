@@ -66,11 +66,31 @@ fn a_damaged_record_is_an_error_of_its_own_and_does_not_hide_the_others() {
     fs::write(dir.path().join("bad.json"), "{\"plan\":").unwrap();
     let error = journal.load("bad").unwrap_err().to_string();
     assert!(error.contains("bad.json is damaged"), "{error}");
-    let others = journal
-        .others_in(NetnsId { dev: 4, ino: 7 }, "mine")
-        .unwrap();
+    let others = journal.others_in(NetnsId { dev: 4, ino: 7 }, "mine");
     assert_eq!(others.len(), 1);
     assert_eq!(others[0].plan.name, "good");
+}
+
+/// They are found without a look at the directory, and are what a look would find.
+#[test]
+fn records_of_a_namespace_follow_what_is_written_and_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = Journal::open(dir.path()).unwrap();
+    for name in ["b", "a"] {
+        before.store(&record(name, 7, "0")).unwrap();
+    }
+    let journal = Journal::open(dir.path()).unwrap();
+    let names = |journal: &Journal| -> Vec<String> {
+        let others = journal.others_in(NetnsId { dev: 4, ino: 7 }, "mine");
+        others.iter().map(|it| it.plan.name.clone()).collect()
+    };
+    assert_eq!(names(&journal), ["a", "b"]);
+    journal.store(&record("mine", 7, "0")).unwrap();
+    journal.store(&record("c", 7, "0")).unwrap();
+    journal.store(&record("a", 8, "0")).unwrap();
+    journal.forget("b").unwrap();
+    assert_eq!(names(&journal), ["c"]);
+    assert_eq!(names(&Journal::open(dir.path()).unwrap()), ["c"]);
 }
 
 /// Power was lost: the record that was being written then is of no use, and must not keep the agent from starting.

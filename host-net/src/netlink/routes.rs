@@ -247,6 +247,20 @@ impl Netlink {
         })
     }
 
+    /// The device that a route of this table to exactly this destination leads through.
+    pub async fn device_to(&self, table: u32, dst: IpNet) -> Result<Option<String>, NetlinkError> {
+        let v4 = matches!(dst, IpNet::V4(_));
+        let found = self.list_routes(v4, Some(table)).await?;
+        let index = found
+            .iter()
+            .find(|(shape, _)| shape.table == table && shape.dst == dst)
+            .and_then(|(shape, _)| shape.device());
+        match index {
+            Some(index) => Ok(self.link_by_index(index).await?.map(|link| link.name)),
+            None => Ok(None),
+        }
+    }
+
     /// The routes of all tables of a family.
     pub async fn routes(&self, family: Family) -> Result<Vec<ListedRoute>, NetlinkError> {
         let names = self.names().await?;
@@ -287,8 +301,17 @@ impl Netlink {
         for (v4, table) in numbers {
             found.extend(self.list_routes(v4, Some(table)).await?);
         }
-        let names = self.names().await?;
-        Ok(Tables { found, names })
+        let mut tables = Tables {
+            found,
+            names: BTreeMap::new(),
+        };
+        // Names of devices, of which a node has one for each pod, are asked for only when there is something to tell.
+        let mut presences = shapes.iter().flatten().map(|shape| tables.presence(shape));
+        if presences.any(|presence| matches!(presence, Presence::Different { .. })) {
+            drop(presences);
+            tables.names = self.names().await?;
+        }
+        Ok(tables)
     }
 
     async fn list_routes(

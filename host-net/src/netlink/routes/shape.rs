@@ -155,6 +155,11 @@ impl Shape {
     }
 
     /// In a plan's words, if those suffice.
+    /// Index of the device that it leads through.
+    pub(super) fn device(&self) -> Option<u32> {
+        self.oif
+    }
+
     pub(super) fn to_plan(&self, names: &BTreeMap<u32, String>) -> Option<Route> {
         let kind = match self.kind {
             RouteType::Unicast => RouteKind::Unicast,
