@@ -242,11 +242,13 @@ fn is_proxys(end: &Connection) -> bool {
 fn count(pod: &Pod, in_pod: &[Connection], proxys: &[Connection]) -> PodConnections {
     let peers: BTreeSet<(SocketAddr, SocketAddr)> =
         proxys.iter().map(|end| (end.peer, end.local)).collect();
-    let redirected: BTreeSet<SocketAddr> = proxys
-        .iter()
-        .filter(|end| [OUTBOUND_PORT, DNS_PORT].contains(&end.local.port()))
-        .map(|end| end.peer)
-        .collect();
+    // Two connections to different servers may have one port, and only one of them may have been redirected.
+    let mut redirected: BTreeMap<SocketAddr, usize> = BTreeMap::new();
+    for end in proxys {
+        if [OUTBOUND_PORT, DNS_PORT].contains(&end.local.port()) {
+            *redirected.entry(end.peer).or_default() += 1;
+        }
+    }
     let within = |ip: IpAddr| ip.is_loopback() || pod.addresses.contains(&ip);
     let mut counted = PodConnections {
         uid: pod.uid.clone(),
@@ -256,7 +258,10 @@ fn count(pod: &Pod, in_pod: &[Connection], proxys: &[Connection]) -> PodConnecti
         if is_proxys(end) {
             continue;
         }
-        if redirected.contains(&end.local) || peers.contains(&(end.local, end.peer)) {
+        if peers.contains(&(end.local, end.peer)) {
+            counted.through += 1;
+        } else if let Some(left @ 1..) = redirected.get_mut(&end.local) {
+            *left -= 1;
             counted.through += 1;
         } else if within(end.peer.ip()) {
             continue;

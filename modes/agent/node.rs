@@ -342,15 +342,23 @@ impl Agent {
 
     async fn node_configuration(&self) -> anyhow::Result<NodeConfiguration> {
         let netlink = Netlink::connect(&self.host).await?;
+        // The same at every connection of a proxy, or it would end what it serves: with the tunnels' addresses before they
+        // are made, and without the link-local ones that come and go with pods.
+        let passing = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let mut node_addresses: BTreeSet<IpAddr> = [TUNNEL_IN, TUNNEL_OUT]
+            .map(|tunnel| tunnel.host_addr.into())
+            .into();
+        let found = netlink.addresses().await?;
+        node_addresses.extend(
+            found
+                .iter()
+                .map(|(_, net)| net.addr())
+                .filter(|ip| !passing(ip)),
+        );
         Ok(NodeConfiguration {
             flow: self.config.variant.node_flow.to_string(),
             same_node: self.config.variant.same_node.to_string(),
-            node_addresses: netlink
-                .addresses()
-                .await?
-                .iter()
-                .map(|(_, net)| net.addr())
-                .collect(),
+            node_addresses: node_addresses.into_iter().collect(),
         })
     }
 
