@@ -286,6 +286,8 @@ fn connections_of_a_running_pod_go_on(#[values(NodeHybrid, NodeTunnel, Inpod)] v
     lab.kill(1, Daemon::Agent).unwrap();
     start_agent(lab);
     assert_eq!(state(&scene).as_deref(), Some("draining"));
+    // A proxy that took the agent for another one would end what it serves, and give it five seconds.
+    std::thread::sleep(Duration::from_secs(6));
     assert_alive("another agent", &captured);
 
     let said = enrol(&scene);
