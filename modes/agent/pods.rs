@@ -248,6 +248,7 @@ impl Pods {
     }
 
     /// Has every pod sent that is put or removed from here on. There is one follower; a second one hears nothing.
+    #[cfg(feature = "kubernetes")]
     pub(super) fn follow(&self) -> mpsc::UnboundedReceiver<Pod> {
         let (follower, changes) = mpsc::unbounded_channel();
         let _ = self.follower.set(follower);
