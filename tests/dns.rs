@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod harness;
+mod runtime;
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -13,6 +14,7 @@ use lab::standing::{Background, Daemon};
 use lab::topology::workloads::Service;
 use lab::topology::{LabSpec, OUTSIDE, SERVICE_VIP};
 use rstest::rstest;
+use runtime::{Sandbox, ambidex, diff_is_empty};
 
 /// Longest that a `dig` may take.
 const DIG_LIMIT: Duration = Duration::from_secs(30);
@@ -361,4 +363,70 @@ fn without_a_proxy_nothing_passes(#[values(NodeHybrid, NodeTunnel, Inpod)] varia
     eventually("names are answered again", Duration::from_secs(20), || {
         found(POD, "echo.beta", &[])
     });
+}
+
+/// Captures a pod of node 1 again, with these flags.
+fn enrol_again(scene: &Scene, name: &str, flags: &str) {
+    let sandbox = Sandbox::of(&scene.lab, name);
+    let pod = format!("{}/{name}", sandbox.namespace);
+    ambidex(&scene.lab, &format!("unenrol {pod} --drain 0s --wait")).with_code(0);
+    let (netns, uid, account) = (
+        sandbox.netns.display(),
+        &sandbox.uid,
+        &sandbox.service_account,
+    );
+    let arguments =
+        format!("enrol {pod} --netns {netns} --uid {uid} --service-account {account}{flags}");
+    ambidex(&scene.lab, &arguments).with_code(0);
+}
+
+/// A pod says itself whether its queries are captured, by UDP and by TCP; others go on as they are.
+#[rstest]
+#[case::not(true, &[NodeHybrid, NodeTunnel, Inpod])]
+#[case::all_the_same(false, &[Inpod])]
+fn a_pod_has_its_own_word(#[case] agents: bool, #[case] variants: &[Variant]) {
+    const ITSELF: &str = OTHER;
+    for variant in variants {
+        let mut spec = spec(*variant);
+        if !agents {
+            spec.agent_args.retain(|flag| flag != "--dns-capture");
+        }
+        let scene = own(&spec);
+        let _resolver = resolver(&scene);
+        let asks_the_proxy = |pod: &str, transport: &str| {
+            let outside = dig(&scene, pod, &["www.example.org", "A", transport]);
+            assert!(
+                outside.contains("192.0.2.80"),
+                "{variant:?} {pod}: {outside}"
+            );
+            let output = dig(
+                &scene,
+                pod,
+                &["echo.beta.svc.cluster.local", "A", transport],
+            );
+            output.contains(&SERVICE_VIP.to_string())
+        };
+        for transport in ["+notcp", "+tcp"] {
+            assert_eq!(asks_the_proxy(ITSELF, transport), agents);
+        }
+        enrol_again(&scene, ITSELF, &format!(" --dns-capture {}", !agents));
+        for transport in ["+notcp", "+tcp"] {
+            let what = format!("{variant:?} {transport}");
+            assert_eq!(asks_the_proxy(ITSELF, transport), !agents, "{what}");
+            assert_eq!(asks_the_proxy(POD, transport), agents, "{what}");
+        }
+        // Everything is as planned, and the pod leaves nothing behind.
+        diff_is_empty(&scene.lab, "--node");
+        let sandbox = Sandbox::of(&scene.lab, ITSELF);
+        diff_is_empty(&scene.lab, &format!("{}/{ITSELF}", sandbox.namespace));
+        enrol_again(&scene, ITSELF, "");
+        assert_eq!(asks_the_proxy(ITSELF, "+tcp"), agents, "{variant:?}");
+        if variant.is_node() {
+            assert!(
+                !scene
+                    .dump("proxy1")
+                    .contains(&format!("dns-exempt {}", scene.ip(ITSELF)))
+            );
+        }
+    }
 }

@@ -128,6 +128,10 @@ pub(super) async fn admit(
         container_id: event.container_id.clone(),
         network: event.network.clone(),
         if_name: event.if_name.clone(),
+        dns_capture: match identity {
+            Some(identity) => identity.dns_capture,
+            None => event.dns_capture,
+        },
         mode: wanted.mode,
         state: PodState::Pending,
         live: false,

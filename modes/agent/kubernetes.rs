@@ -77,4 +77,6 @@ pub(super) struct Wanted {
 pub(super) struct Identity {
     pub(super) uid: String,
     pub(super) service_account: String,
+    /// Whether its DNS queries are captured, where it says so itself.
+    pub(super) dns_capture: Option<bool>,
 }

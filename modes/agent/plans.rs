@@ -37,12 +37,19 @@ impl Agent {
                     main_has_default_route: setup.host_facts.main_has_default_route,
                     // The plugin's pods have no process yet, and so no connection.
                     live: pod.live,
+                    dns_exempt: self.config.dns_capture && pod.dns_capture == Some(false),
                     ipv6: setup.host_facts.ipv6,
                 };
-                Ok(vec![(
-                    self.host_place(),
-                    node_redirect::plan::pod(&facts, phase),
-                )])
+                let on_node = (self.host_place(), node_redirect::plan::pod(&facts, phase));
+                if !facts.dns_exempt {
+                    return Ok(vec![on_node]);
+                }
+                let proxy = Place {
+                    label: "proxy".to_owned(),
+                    netns: setup.proxy.clone(),
+                };
+                let in_proxy = node_redirect::plan::proxy_pod(&facts, phase);
+                Ok(vec![(proxy, in_proxy), on_node])
             }
             Capture::Inpod => {
                 let netns = pod.open_netns()?;
@@ -50,7 +57,7 @@ impl Agent {
                     uid: pod.uid.clone(),
                     ip: address,
                     ipv6: has_ipv6(&netns),
-                    dns: self.config.dns_capture,
+                    dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
                 };
                 let place = Place {
                     label: format!("pod {}", pod.qualified_name()),

@@ -68,6 +68,9 @@ pub struct Pod {
     /// Interface of the CNI attachment; empty where the plugin does not say.
     #[serde(default)]
     pub if_name: String,
+    /// Whether its DNS queries are captured, where it says so itself; else as the agent has it for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns_capture: Option<bool>,
     /// How it is captured.
     pub mode: Capture,
     /// How far.
@@ -283,6 +286,7 @@ mod tests {
             container_id: String::new(),
             network: String::new(),
             if_name: String::new(),
+            dns_capture: None,
             mode: Capture::Inpod,
             state: PodState::Pending,
             live: false,

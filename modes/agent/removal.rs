@@ -28,10 +28,11 @@ fn rank(name: &str) -> u8 {
 }
 
 /// Names of the records that a pod may have, in the order of removal.
-fn records_of(uid: &str) -> [String; 4] {
+fn records_of(uid: &str) -> [String; 5] {
     [
         format!("pod-{uid}"),
         format!("host-pod-{uid}"),
+        format!("proxy-pod-{uid}"),
         // What stops its traffic goes last.
         closing_in_pod(uid),
         closing_on_node(uid),
@@ -59,6 +60,7 @@ pub(super) fn pod_that_is_closed_by(name: &str) -> Option<&str> {
 /// Whether a record belongs to a pod, and to which.
 pub(super) fn pod_of_record(name: &str) -> Option<&str> {
     name.strip_prefix("host-pod-")
+        .or_else(|| name.strip_prefix("proxy-pod-"))
         .or_else(|| name.strip_prefix("pod-"))
         .or_else(|| pod_that_is_closed_by(name))
 }

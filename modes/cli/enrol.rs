@@ -32,6 +32,9 @@ pub(crate) struct EnrolArgs {
     /// Its service account (default: as before, else `default`)
     #[arg(long, default_value = "", hide_default_value = true)]
     service_account: String,
+    /// Whether its DNS queries are captured (default: as the agent has it)
+    #[arg(long, value_name = "BOOL")]
+    dns_capture: Option<bool>,
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +67,7 @@ pub(crate) fn run_enrol(args: EnrolArgs) -> Result<(), Failure> {
         container_id: String::new(),
         network: String::new(),
         if_name: String::new(),
+        dns_capture: args.dns_capture,
     };
     let enrolled: Enrolled = block_on(agent_client::send("/v1/enrol", &event))??;
     print(&format!(

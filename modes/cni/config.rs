@@ -2,6 +2,7 @@
 
 mod arguments;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -53,6 +54,29 @@ pub struct NetConf {
     /// Our own keys.
     #[serde(default)]
     pub ambidex: OwnKeys,
+    /// What the runtime says for the capabilities of the plugin's configuration.
+    #[serde(rename = "runtimeConfig", default)]
+    pub runtime_config: Option<RuntimeConfig>,
+}
+
+/// What a runtime says about one pod to plugins that ask for it.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RuntimeConfig {
+    /// The pod's annotations; containerd gives them for the capability of this name.
+    #[serde(rename = "io.kubernetes.cri.pod-annotations", default)]
+    pub pod_annotations: Option<BTreeMap<String, String>>,
+}
+
+/// The annotation by which a pod says whether its DNS queries are captured, whatever the agent captures of others.
+pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+
+/// A truth value as the field reads it; none for what is none.
+pub fn truth(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
 }
 
 /// Which sandboxes of a network are captured.
@@ -145,6 +169,12 @@ impl NetConf {
             && OWN_PODS.iter().any(|own| name.starts_with(own))
     }
 
+    /// What the pod's annotation says of its DNS queries; nothing, if it says no truth value.
+    pub fn dns_capture(&self) -> Option<bool> {
+        let annotations = self.runtime_config.as_ref()?.pod_annotations.as_ref()?;
+        truth(annotations.get(DNS_CAPTURE)?)
+    }
+
     /// Addresses in `prevResult`.
     pub fn addresses(&self) -> Result<Vec<PodIp>, CniError> {
         let Some(result) = &self.prev_result else {
@@ -222,6 +252,24 @@ mod tests {
             6
         );
         assert_eq!(code(r#"{"cniVersion":"1.0.0","name":"n","unknown":1}"#), 0);
+    }
+
+    #[test]
+    fn annotations_of_the_pod_come_with_the_runtimes_configuration() {
+        let said = |runtime: &str| {
+            let text = format!(r#"{{"cniVersion":"1.0.0","name":"n","runtimeConfig":{runtime}}}"#);
+            NetConf::parse(text.as_bytes()).unwrap().dns_capture()
+        };
+        let annotated = |value: &str| {
+            said(&format!(
+                r#"{{"io.kubernetes.cri.pod-annotations":{{"a":"b","{DNS_CAPTURE}":"{value}"}}}}"#
+            ))
+        };
+        assert_eq!(annotated("false"), Some(false));
+        assert_eq!(annotated("True"), Some(true));
+        assert_eq!(annotated("maybe"), None);
+        assert_eq!(said("{}"), None);
+        assert_eq!(said("null"), None);
     }
 
     #[test]

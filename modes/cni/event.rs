@@ -40,6 +40,9 @@ pub struct PodEvent {
     /// Interface of the attachment, in the sandbox.
     #[serde(default)]
     pub if_name: String,
+    /// Whether the pod's DNS queries are captured, where the pod itself says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns_capture: Option<bool>,
 }
 
 /// The attachments to a network that a runtime knows, when it has garbage collected.

@@ -66,6 +66,7 @@ fn cni_configuration() {
             container_id: "c".to_owned(),
             network: "n".to_owned(),
             if_name: "eth0".to_owned(),
+            dns_capture: Some(false),
         };
         let written = serde_json::to_vec(&event).unwrap();
         assert_eq!(serde_json::from_slice::<PodEvent>(&written).unwrap(), event);

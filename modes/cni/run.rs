@@ -300,6 +300,7 @@ fn event(invocation: &Invocation, conf: &NetConf) -> Result<Option<PodEvent>, Cn
         container_id: invocation.container_id.clone(),
         network: conf.name.clone(),
         if_name: invocation.if_name.clone(),
+        dns_capture: args.dns_capture.or_else(|| conf.dns_capture()),
     }))
 }
 

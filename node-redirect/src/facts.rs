@@ -47,7 +47,8 @@ pub const LIVE_PODS_SET: &str = "mesh-live-pods";
 /// Ours: the set of captured pods once more, for the rules that stop what would pass beside the proxy when something of
 /// the capture is gone, the other set for one.
 pub const GUARD_SET: &str = "ambidex-guarded";
-
+/// Set of captured pods whose DNS queries are not captured; on the node and in the proxy's namespace.
+pub const DNS_EXEMPT_SET: &str = "mesh-dns-exempt";
 /// Ours: ip6tables chain (filter) that drops the IPv6 of captured pods.
 pub const V6_CHAIN: &str = "ambidex-v6";
 

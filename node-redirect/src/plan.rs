@@ -129,6 +129,8 @@ pub struct PodFacts {
     pub live: bool,
     /// Whether the node has IPv6, and so something to drop.
     pub ipv6: bool,
+    /// Whether its DNS queries are not captured while those of others are.
+    pub dns_exempt: bool,
 }
 
 /// Objects on the node, shared by all captured pods.
@@ -138,6 +140,9 @@ pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
         set(GUARD_SET, true),
         set(LIVE_PODS_SET, false),
     ];
+    if facts.dns {
+        steps.push(set(DNS_EXEMPT_SET, false));
+    }
     for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
         steps.push(link(
             tunnel.host,
@@ -207,6 +212,9 @@ pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
 /// Objects in the proxy's namespace.
 pub fn proxy(facts: &ProxyFacts, flow: Flow) -> Plan {
     let mut steps = Vec::new();
+    if facts.dns {
+        steps.push(set(DNS_EXEMPT_SET, false));
+    }
     for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
         steps.push(link(
             tunnel.proxy,
@@ -300,6 +308,7 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
             comment: None,
         }));
     }
+    plan.steps.extend(dns_exemption(facts));
     plan.steps.push(Step::Member(Member {
         set: PODS_SET.to_owned(),
         ip: facts.ip,
@@ -326,6 +335,26 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
 
 /// Begins a connection: `--syn` as `iptables-save` prints it.
 const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
+
+/// One captured pod's objects in the proxy's namespace.
+pub fn proxy_pod(facts: &PodFacts, phase: Phase) -> Plan {
+    let mut plan = Plan::empty(format!("proxy-pod-{}", facts.uid));
+    if phase == Phase::Active {
+        plan.steps.extend(dns_exemption(facts));
+    }
+    plan
+}
+
+/// Queries by UDP are exempt on the node, those by TCP where they come out of the tunnel.
+fn dns_exemption(facts: &PodFacts) -> Option<Step> {
+    facts.dns_exempt.then(|| {
+        Step::Member(Member {
+            set: DNS_EXEMPT_SET.to_owned(),
+            ip: facts.ip,
+            comment: None,
+        })
+    })
+}
 
 fn set(name: &str, comments: bool) -> Step {
     Step::Set(Set {

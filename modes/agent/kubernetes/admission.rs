@@ -55,6 +55,7 @@ impl Source {
             Verdict::Captured(mode) => Ok(Some(Wanted {
                 mode,
                 identity: Some(Identity {
+                    dns_capture: pod.dns_capture(),
                     uid: pod.runtime_uid,
                     service_account: pod.service_account,
                 }),

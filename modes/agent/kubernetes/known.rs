@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::cni::{DNS_CAPTURE, truth};
+
 use super::eligibility::{APP, CAPTURE_MODE, Candidate, DATAPLANE_MODE, SIDECAR_STATUS, Words};
 use super::tell::{CONDITION, REDIRECTION, Told};
 
@@ -87,7 +89,7 @@ impl KubernetesPod {
                 &metadata.labels,
                 &[DATAPLANE_MODE, CAPTURE_MODE, APP[0], APP[1]],
             ),
-            annotations: only(&metadata.annotations, &[SIDECAR_STATUS]),
+            annotations: only(&metadata.annotations, &[SIDECAR_STATUS, DNS_CAPTURE]),
             service_account: spec
                 .and_then(|spec| spec.service_account_name.clone())
                 .filter(|name| !name.is_empty())
@@ -109,6 +111,11 @@ impl KubernetesPod {
                 }),
             },
         })
+    }
+
+    /// What it says of its DNS queries, if it says a truth value.
+    pub(super) fn dns_capture(&self) -> Option<bool> {
+        truth(self.annotations.get(DNS_CAPTURE)?)
     }
 
     /// What is judged of it.

@@ -149,6 +149,7 @@ impl Source {
                 identity: Some(Identity {
                     uid: pod.runtime_uid.clone(),
                     service_account: pod.service_account.clone(),
+                    dns_capture: pod.dns_capture(),
                 }),
             };
             let admitted = admit(agent, &event, wanted).await?;
@@ -249,6 +250,7 @@ impl Source {
             container_id: resident.container_id,
             network: String::new(),
             if_name: String::new(),
+            dns_capture: pod.dns_capture(),
         })
     }
 
@@ -327,5 +329,6 @@ fn again(known: &Pod, pod: &KubernetesPod) -> PodEvent {
         container_id: known.container_id.clone(),
         network: known.network.clone(),
         if_name: known.if_name.clone(),
+        dns_capture: pod.dns_capture(),
     }
 }

@@ -1,6 +1,6 @@
 //! `CNI_ARGS`: what the runtime, or whoever calls it, says about one sandbox.
 
-use super::Captured;
+use super::{Captured, truth};
 use crate::cni::CniError;
 
 /// `CNI_ARGS`, taken apart. What is said here wins over the network's configuration.
@@ -16,6 +16,8 @@ pub struct CniArgs {
     pub service_account: String,
     /// `AMBIDEX_CAPTURE`: `labels` or `always`.
     pub capture: Option<Captured>,
+    /// `AMBIDEX_DNS_CAPTURE`: a truth value.
+    pub dns_capture: Option<bool>,
 }
 
 impl CniArgs {
@@ -46,6 +48,11 @@ impl CniArgs {
                         "always" => Captured::Always,
                         _ => return Err(wrong(format!("{pair:?}: want labels or always"))),
                     });
+                }
+                "AMBIDEX_DNS_CAPTURE" => {
+                    let said = truth(value);
+                    args.dns_capture =
+                        Some(said.ok_or_else(|| wrong(format!("{pair:?}: want true or false")))?);
                 }
                 "K8S_POD_INFRA_CONTAINER_ID" => {}
                 other => unknown = Some(other),
@@ -93,6 +100,9 @@ mod tests {
         assert_eq!(args.pod_namespace, "x");
         assert_eq!(args.capture, Some(Captured::Always));
         assert_eq!(CniArgs::parse("AMBIDEX_CAPTURE=yes").unwrap_err().code, 4);
+        let dns = |text| CniArgs::parse(text).map(|args| args.dns_capture);
+        assert_eq!(dns("AMBIDEX_DNS_CAPTURE=false").unwrap(), Some(false));
+        assert_eq!(dns("AMBIDEX_DNS_CAPTURE=no").unwrap_err().code, 4);
     }
 
     proptest! {

@@ -77,7 +77,7 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
 /// the proxy need not know that. Answers are translated back by conntrack. Queries by TCP are captured as any connection.
 fn dns_to_proxy(facts: &HostFacts) -> Vec<String> {
     let rule = format!(
-        "-p udp -m udp --dport 53 -m set --match-set {PODS_SET} src -j DNAT --to-destination {}:{DNS_PORT}",
+        "-p udp -m udp --dport 53 -m set --match-set {PODS_SET} src -m set ! --match-set {DNS_EXEMPT_SET} src -j DNAT --to-destination {}:{DNS_PORT}",
         facts.proxy_ip
     );
     facts.dns.then_some(rule).into_iter().collect()
@@ -239,7 +239,7 @@ pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
     if facts.dns {
         // Before the rule for all of this tunnel.
         let by_tcp = format!(
-            "-i {tunnel_out} -p tcp -m tcp --dport 53 {}",
+            "-i {tunnel_out} -p tcp -m tcp --dport 53 -m set ! --match-set {DNS_EXEMPT_SET} src {}",
             tproxy(DNS_PORT, MARK_TPROXY)
         );
         rules.insert(0, by_tcp);

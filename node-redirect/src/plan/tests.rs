@@ -40,6 +40,7 @@ fn pod_facts() -> PodFacts {
         main_has_default_route: true,
         live: true,
         ipv6: true,
+        dns_exempt: false,
     }
 }
 
@@ -76,6 +77,22 @@ fn dns_in_both_flows(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
     let of_tunnel = |command: &&String| command.contains("-i pistioout -p tcp");
     let order: Vec<_> = with[1].iter().filter(of_tunnel).collect();
     assert!(order[0].contains("--on-port 15053"), "{order:?}");
+}
+
+/// An exempt pod is in the set where its queries would be led away: by UDP on the node, by TCP behind the tunnel.
+#[test]
+fn an_exempt_pod() {
+    let facts = PodFacts {
+        dns_exempt: true,
+        ..pod_facts()
+    };
+    let member = format!("ipset add {DNS_EXEMPT_SET} {}", facts.ip);
+    let has = |plan: &Plan| as_commands(plan).iter().any(|it| it.contains(&member));
+    assert!(has(&pod(&facts, Phase::Active)) && has(&proxy_pod(&facts, Phase::Active)));
+    assert!(!has(&pod(&pod_facts(), Phase::Active)));
+    for phase in [Phase::Draining, Phase::Absent] {
+        assert_eq!(proxy_pod(&facts, phase).steps, []);
+    }
 }
 
 #[test]

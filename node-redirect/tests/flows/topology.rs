@@ -450,6 +450,7 @@ fn pod_facts(pod: Pod, live: bool) -> PodFacts {
         main_has_default_route: true,
         live,
         ipv6: true,
+        dns_exempt: false,
     }
 }
 
