@@ -162,6 +162,7 @@ mod tests {
             container_id: String::new(),
             network: String::new(),
             if_name: String::new(),
+            dns_capture: None,
             mode: Capture::Inpod,
             state: PodState::Captured,
             live: false,
