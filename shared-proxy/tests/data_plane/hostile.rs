@@ -1,21 +1,25 @@
 //! Requests that no client library makes: what they are answered with, and that they harm nobody else.
 #![allow(clippy::disallowed_methods)]
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 use rustls_pki_types::ServerName;
-use shared_proxy::capture::HBONE_PORT;
+use shared_proxy::capture::{HBONE_PORT, Role};
+use shared_proxy::core::CoreConfig;
+use shared_proxy::hbone::HboneConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::mesh::{CLIENT, Mesh, PORT, SERVER};
+use crate::mesh::{CLIENT, Mesh, PORT, SERVER, VIP, quick};
 use crate::peer::{HEADERS, certificate, identity};
 use crate::protocol::{server, tunnel};
 
@@ -371,4 +375,43 @@ async fn ended(node: &crate::mesh::Node) {
     })
     .await
     .unwrap();
+}
+
+/// A record of 512 bytes with a ClientHello is announced, and does not come.
+const HALF_A_HELLO: &[u8] = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc";
+
+/// Whoever is connected and does not go on with the handshake is given up, whichever end he is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_that_does_not_go_on_is_given_up() {
+    let config = CoreConfig {
+        hbone: HboneConfig {
+            handshake_timeout: Duration::from_millis(300),
+            ..HboneConfig::default()
+        },
+        ..quick()
+    };
+    let mesh = Mesh::new();
+    let two = mesh.node_with(config.clone());
+    let attached = two.core.attach(Arc::new(mesh.server())).await.unwrap();
+    let end = SocketAddr::new(mesh.ip(SERVER), HBONE_PORT);
+    for begun in [&b""[..], HALF_A_HELLO] {
+        let mut client = TcpStream::connect(end).await.unwrap();
+        client.write_all(begun).await.unwrap();
+        let mut said = Vec::new();
+        // In order or by reset, but soon.
+        let _ = timeout(LIMIT, client.read_to_end(&mut said)).await.unwrap();
+    }
+    drop(attached);
+
+    let mesh = Mesh::new();
+    let one = mesh.node_with(config);
+    let end = SocketAddr::new(mesh.ip(SERVER), HBONE_PORT);
+    let listener = TcpListener::bind(end).await.unwrap();
+    let scope = mesh.clients();
+    let door = scope.forward(mesh.ip(CLIENT), Role::Outbound, VIP.parse().unwrap());
+    let _clients = one.core.attach(Arc::new(scope)).await.unwrap();
+    let mut client = mesh.connect(CLIENT, door).await.unwrap();
+    let _silent = timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+    let ended = timeout(LIMIT, client.read(&mut [0; 1])).await.unwrap();
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
