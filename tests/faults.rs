@@ -127,6 +127,20 @@ fn damage_is_mended_and_nothing_is_in_the_clear(
     marked.assert_never_in_the_clear();
 }
 
+/// Connection tracking forgets what was redirected, and from where: the connections end, nothing leaves beside the tunnels.
+#[rstest]
+fn forgotten_connections_do_not_leave(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let scene = mending(variant);
+    let marked = Marked::between(&scene, "pod1-1", "pod2-1");
+    let place = if variant.is_node() { "node1" } else { "pod1-1" };
+    for _ in 0..3 {
+        shell(&scene.lab, place, "conntrack -F 2>&1");
+        marked.flows("after conntrack -F");
+    }
+    ambidex(&scene.lab, "verify").with_code(0);
+    marked.assert_never_in_the_clear();
+}
+
 /// What leads past the capture although all of it is in place, and what takes that away again.
 fn way_past(scene: &Stage, variant: Variant) -> (&'static str, String, String) {
     let address = scene.ip("pod1-1");

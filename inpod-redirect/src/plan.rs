@@ -28,6 +28,8 @@ pub struct PodFacts {
     pub ipv6: bool,
     /// Whether its DNS queries are captured.
     pub dns: bool,
+    /// Whether the pod was running when it was enrolled: then it has connections that go on uncaptured.
+    pub live: bool,
 }
 
 /// Objects in the pod's namespace.
@@ -46,7 +48,7 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
             .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
     }
     if phase == Phase::Active {
-        plan.steps.extend(guard::chains());
+        plan.steps.extend(guard::chains(facts.live));
     }
     plan.steps.push(chain(
         Table::Mangle,

@@ -58,6 +58,7 @@ impl Agent {
                     ip: address,
                     ipv6: has_ipv6(&netns),
                     dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
+                    live: pod.live,
                 };
                 let place = Place {
                     label: format!("pod {}", pod.qualified_name()),

@@ -16,7 +16,10 @@ pub(super) fn spare_way_back() -> [Step; 2] {
 
 /// Drops connections that begin past the proxy, in either direction, and answers that would leave past it. Connections
 /// that are older than the capture go on.
-pub(super) fn chains() -> [Step; 2] {
+///
+/// What goes on without an entry in connection tracking is either older than the capture or has lost its entry (a flush, a
+/// timeout), and with it the way to the proxy. A pod that was captured before it ran (not `live`) has only the latter.
+pub(super) fn chains(live: bool) -> [Step; 2] {
     let chain = |name: &str, from: &str, rules: Vec<String>| {
         Step::Chain(Chain {
             family: Family::V4,
@@ -30,6 +33,19 @@ pub(super) fn chains() -> [Step; 2] {
             }),
         })
     };
+    let mut out = vec![
+        // The output device is the one before anything was redirected or led back.
+        format!("! -o lo -m connmark --mark {MARK_RETURN} -m mark ! --mark {MARK_RETURN} -j DROP"),
+        format!("-d {PROBE_ADDRESS}/32 -j RETURN"),
+        format!(
+            "! -d 127.0.0.0/8 ! -o lo -p tcp -m tcp {SYN} -m mark ! --mark {MARK_PROXY} -j DROP"
+        ),
+    ];
+    if !live {
+        out.push(format!(
+            "! -o lo -p tcp -m tcp ! {SYN} -m conntrack --ctstate NEW -m mark ! --mark {MARK_PROXY} -j DROP"
+        ));
+    }
     [
         chain(
             GUARD_INPUT_CHAIN,
@@ -41,19 +57,6 @@ pub(super) fn chains() -> [Step; 2] {
                 ),
             ],
         ),
-        chain(
-            GUARD_OUTPUT_CHAIN,
-            "OUTPUT",
-            vec![
-                // The output device is the one before anything was redirected or led back.
-                format!(
-                    "! -o lo -m connmark --mark {MARK_RETURN} -m mark ! --mark {MARK_RETURN} -j DROP"
-                ),
-                format!("-d {PROBE_ADDRESS}/32 -j RETURN"),
-                format!(
-                    "! -d 127.0.0.0/8 ! -o lo -p tcp -m tcp {SYN} -m mark ! --mark {MARK_PROXY} -j DROP"
-                ),
-            ],
-        ),
+        chain(GUARD_OUTPUT_CHAIN, "OUTPUT", out),
     ]
 }

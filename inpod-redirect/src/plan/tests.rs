@@ -10,6 +10,7 @@ fn facts() -> PodFacts {
         ip: Ipv4Addr::new(10, 244, 1, 5),
         ipv6: true,
         dns: false,
+        live: false,
     }
 }
 
@@ -33,6 +34,20 @@ fn with_dns() {
     };
     snapshot("pod_dns_active", &pod(&facts, Phase::Active));
     snapshot("pod_dns_draining", &pod(&facts, Phase::Draining));
+}
+
+/// Only what a pod that was captured before it ran goes on with, has lost its way to the proxy.
+#[test]
+fn a_running_pod_s_connections_go_on() {
+    let lost = |live| {
+        let facts = PodFacts { live, ..facts() };
+        let commands = as_commands(&pod(&facts, Phase::Active));
+        let rules = commands
+            .iter()
+            .filter(|rule| rule.contains("--ctstate NEW"));
+        rules.count()
+    };
+    assert_eq!((lost(true), lost(false)), (0, 1));
 }
 
 #[test]

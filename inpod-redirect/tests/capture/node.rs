@@ -257,6 +257,7 @@ fn facts(pod: Pod) -> PodFacts {
         ip: pod.ip,
         ipv6: true,
         dns: false,
+        live: true,
     }
 }
 
