@@ -93,10 +93,9 @@ fn node_as_designed(node: &Node, flow: NodeFlow, dump: &Dump) -> Result<()> {
             })
         }),
     )?;
-    let sets = ["mesh-live-pods", "ztunnel-pods-ips", "ambidex-guarded"];
-    for (name, wanted) in sets.into_iter().zip([flow == NodeFlow::Hybrid, true, true]) {
+    for name in ["mesh-live-pods", "ztunnel-pods-ips", "ambidex-guarded"] {
         let made = of(&dump.ipsets, &format!("ipset {name} hash:ip family inet "));
-        ensure!((made.len() == 1) == wanted, "set {name}: {made:?}");
+        ensure!(made.len() == 1, "set {name}: {made:?}");
     }
     let filters = [
         (veth.as_str(), true),
