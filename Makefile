@@ -14,7 +14,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
 .PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve check clean-lab \
-	kube-tools manifests image completions
+	kube-tools judges manifests image completions
 
 all: build
 
@@ -51,10 +51,10 @@ bench-geneve: release
 bench-cost: release
 	target/release/ambidex bench cost
 
-test: deps kube-tools
+test: deps kube-tools judges
 	tests/run --suite ci
 
-test-all: deps kube-tools
+test-all: deps kube-tools judges
 	tests/run --suite all
 
 test-geneve: deps
@@ -72,6 +72,10 @@ clean-lab: build
 # helm and kubectl, for the tests of the manifests; without them these look at less and say so.
 kube-tools: deps
 	@deploy/fetch-kube-tools target/kube-tools || echo "helm and kubectl cannot be fetched: fewer tests of the manifests"
+
+# promtool and a new libcurl, for the tests in which they judge.
+judges: deps
+	tests/judges/fetch target/judges
 
 # What kustomize takes is what the chart makes.
 manifests: kube-tools

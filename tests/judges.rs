@@ -1,21 +1,28 @@
 //! The tunnel's TLS and HTTP/2 in the eyes of programs that are not ours: openssl, nghttp, curl, tshark.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "an application of a test, no part of the proxy"
+)]
 
 mod harness;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::authority::{Authority, JUDGED_WITHIN, KeyPair, Span, VALID};
-use harness::{Scene, SharedStage, Stage, own, shared_in};
+use harness::{Scene, SharedStage, Stage, eventually, own, shared_in};
 use lab::topology::{LabSpec, lab_dir};
 use lab::traffic::Check;
 use rstest::rstest;
+use serde_json::Value;
+use tempfile::TempDir;
 
 /// HTTP/2's preface, an empty SETTINGS frame, and a GOAWAY, after which the server has nothing to wait for: as printf(1)
 /// has it.
@@ -182,6 +189,100 @@ fn nghttp_and_curl_are_answered(#[values(NodeHybrid, NodeTunnel, Inpod)] variant
         ],
     );
     assert_eq!(said, "HTTP/2 400");
+}
+
+/// libcurl as a client of the tunnel: mutual TLS, HTTP/2, CONNECT, and a page of an application behind it; a peer with the
+/// wrong trust domain gets none.
+#[rstest]
+fn curl_fetches_a_page_through_the_tunnel(
+    #[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant,
+) {
+    let scene = judged(variant);
+    let authority = Authority::of(&scene);
+    let root = authority.root();
+    let page = "behind the tunnel";
+    let application = Application::start(&scene, "pod2-1", page);
+    let fetch = |name: &str, peer: &str| -> Value {
+        let peer = authority.issue(name, &[peer], VALID);
+        let said = run(
+            &scene,
+            &[
+                "/usr/bin/python3",
+                concat!(env!("CARGO_MANIFEST_DIR"), "/tests/judges/curl_connect.py"),
+                text(&judge("pycurl")),
+                &format!("https://{}:15008", scene.ip("pod2-1")),
+                text(&root),
+                text(&peer.certificate),
+                text(&peer.key),
+                &format!("http://{}:{}/page", scene.ip("pod2-1"), application.port),
+            ],
+        );
+        serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"))
+    };
+    let fetched = fetch("curl-peer", PEER);
+    assert_eq!(fetched["error"], Value::Null, "{fetched:#}");
+    assert_eq!(fetched["connect"], 200);
+    assert_eq!(fetched["status"], 200);
+    assert_eq!(fetched["page"], page);
+    let said = fetched["said"].as_str().unwrap();
+    assert!(said.contains("CONNECT tunnel: HTTP/2 negotiated"), "{said}");
+    let refused = fetch("curl-stranger", "URI:spiffe://elsewhere/ns/alpha/sa/client");
+    assert_ne!(refused["error"], Value::Null, "{refused:#}");
+    assert_eq!(refused["page"], "");
+}
+
+/// Where `tests/judges/fetch` puts what Debian does not install.
+fn judge(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("target/judges")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run `make judges`",
+        path.display()
+    );
+    path
+}
+
+/// An HTTP server in a pod, that has one page.
+struct Application {
+    port: u16,
+    process: Child,
+    _directory: TempDir,
+}
+
+impl Application {
+    fn start(stage: &Stage, pod: &str, page: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        fs::write(directory.path().join("page"), page).unwrap();
+        let port = 8096;
+        let netns = stage.lab.netns(pod).unwrap();
+        let mut server = Command::new("/usr/bin/python3");
+        server
+            .args(["-m", "http.server", &port.to_string()])
+            .current_dir(directory.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let process = netns.run(|| server.spawn()).unwrap().unwrap();
+        eventually("the application listens", JUDGED_WITHIN, || {
+            netns
+                .run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
+                .unwrap()
+                .is_err()
+        });
+        Self {
+            port,
+            process,
+            _directory: directory,
+        }
+    }
+}
+
+impl Drop for Application {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 /// tshark reads the packets between the nodes with the proxies' secrets, and sees what the documents say.

@@ -174,6 +174,50 @@ fn metrics_are_read_by_prometheus_own_parsers(#[values(NodeHybrid, Inpod)] varia
     assert_eq!(kinds[0], kinds[1]);
 }
 
+/// Prometheus' own tool finds nothing to say about the pages of proxy and agent but two names, which are the field's.
+#[rstest]
+fn promtool_checks_the_metrics(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/judges/promtool");
+    assert!(
+        tool.exists(),
+        "{} is missing: run `make judges`",
+        tool.display()
+    );
+    let scene = shared(variant);
+    scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+    let check = |page: &[u8]| -> Vec<String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), page).unwrap();
+        let output = Command::new(&tool)
+            .args(["check", "metrics"])
+            .stdin(std::fs::File::open(file.path()).unwrap())
+            .output()
+            .unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        said.lines().map(str::to_owned).collect()
+    };
+    let (status, page) = fetch(&scene, 15020, "/metrics", "text/plain");
+    assert_eq!(status, "200");
+    let of_the_field = ["active", "pending"].map(|kind| {
+        format!(
+            "workload_manager_{kind}_proxy_count non-histogram and non-summary metrics should not have \"_count\" suffix"
+        )
+    });
+    assert_eq!(check(&page), of_the_field);
+    let agent = [
+        "curl",
+        "-s",
+        "--max-time",
+        "50",
+        "http://127.0.0.1:15014/metrics",
+    ];
+    let agent = scene.lab.run("node1", &agent, SOON).unwrap().stdout;
+    assert!(agent.contains("ambidex_agent_pods"), "{agent}");
+    assert_eq!(check(agent.as_bytes()), [""; 0]);
+    let broken = [b"no_number{a=\"b\"} x\n", &page[..]].concat();
+    assert_ne!(check(&broken), of_the_field);
+}
+
 /// What the field's command line decodes a configuration dump into: other keys are ignored, other types are errors.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]

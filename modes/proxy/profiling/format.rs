@@ -86,6 +86,10 @@ struct Function {
     filename: i64,
 }
 
+/// The function of a sample that has none: what was interrupted is assembler that says nothing about its caller. Readers want
+/// at least one.
+const UNREADABLE: &str = "[stack cannot be read]";
+
 /// Things that are written once and referred to by their number.
 #[derive(Default)]
 struct Tables {
@@ -120,8 +124,8 @@ impl Tables {
         }
     }
 
-    fn function(&mut self, symbol: &pprof::Symbol) -> u64 {
-        let (name, filename) = (self.text(&symbol.name()), self.text(&symbol.filename()));
+    fn function(&mut self, name: &str, filename: &str) -> u64 {
+        let (name, filename) = (self.text(name), self.text(filename));
         let functions = &mut self.profile.function;
         *self.functions.entry((name, filename)).or_insert_with(|| {
             // Zero means none.
@@ -136,11 +140,18 @@ impl Tables {
         })
     }
 
-    fn location(&mut self, symbols: &[pprof::Symbol]) -> u64 {
-        let lines: Vec<(u64, u32)> = symbols
+    fn frame(&mut self, symbols: &[pprof::Symbol]) -> u64 {
+        let lines = symbols
             .iter()
-            .map(|symbol| (self.function(symbol), symbol.lineno()))
+            .map(|symbol| {
+                let function = self.function(&symbol.name(), &symbol.filename());
+                (function, symbol.lineno())
+            })
             .collect();
+        self.location(lines)
+    }
+
+    fn location(&mut self, lines: Vec<(u64, u32)>) -> u64 {
         let locations = &mut self.profile.location;
         *self.locations.entry(lines.clone()).or_insert_with(|| {
             let id = locations.len() as u64 + 1;
@@ -175,8 +186,13 @@ pub(super) fn cpu(
     for (stack, count) in &report.data {
         let count = i64::try_from(*count).unwrap_or(i64::MAX);
         let frames = stack.frames.iter();
+        let mut location_id: Vec<u64> = frames.map(|symbols| tables.frame(symbols)).collect();
+        if location_id.is_empty() {
+            let unreadable = tables.function(UNREADABLE, "");
+            location_id.push(tables.location(vec![(unreadable, 0)]));
+        }
         let sample = Sample {
-            location_id: frames.map(|symbols| tables.location(symbols)).collect(),
+            location_id,
             value: vec![count, count.saturating_mul(period)],
             label: vec![Label {
                 key: thread,
