@@ -8,8 +8,7 @@ use host_net::netns::Netns;
 use host_net::sysctl;
 use lab::standing::Daemon;
 use lab::topology::Mode;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -202,9 +201,9 @@ fn a_node_that_captures_has_nothing_that_breaks_it_until_something_does() {
     let proxy = scene.lab.netns("proxy1").unwrap();
     sysctl::write(&proxy, "net/ipv4/tcp_fwmark_accept", "1").unwrap();
     let agent = scene.lab.process(1, Daemon::Agent).unwrap();
-    kill(Pid::from_raw(agent.pid), Signal::SIGSTOP).unwrap();
+    agent.signal(Signal::SIGSTOP).unwrap();
     let (code, found) = doctor();
-    kill(Pid::from_raw(agent.pid), Signal::SIGCONT).unwrap();
+    agent.signal(Signal::SIGCONT).unwrap();
     assert_eq!(code, 3);
     for (id, object) in [
         ("node/fwmark-accept", "tcp_fwmark_accept"),

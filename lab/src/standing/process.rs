@@ -18,6 +18,9 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+/// Far over what a thread takes to run once, on a machine that is busy.
+const STOPS_WITHIN: Duration = Duration::from_secs(20);
+
 /// Time between two looks at a process that is expected to change.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -54,17 +57,46 @@ impl Process {
         Self::of_pid(self.pid) == Some(self)
     }
 
-    /// Sends a signal, if it still runs.
+    /// Sends a signal, if it still runs. SIGSTOP has stopped all threads when this returns: each stops when it next runs.
     pub fn signal(self, signal: Signal) -> Result<()> {
         if !self.is_alive() {
             return Ok(());
         }
         match kill(Pid::from_raw(self.pid), signal) {
-            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => {
-                Err(errno).with_context(|| format!("send {signal} to process {}", self.pid))
+                return Err(errno)
+                    .with_context(|| format!("send {signal} to process {}", self.pid));
             }
         }
+        if signal != Signal::SIGSTOP {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        while self.is_alive() && !self.is_stopped() {
+            if begun.elapsed() > STOPS_WITHIN {
+                bail!("process {} does not stop", self.pid);
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    /// Whether all threads are stopped.
+    fn is_stopped(self) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return false;
+        };
+        threads.flatten().all(|thread| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // After the name, which may have anything in it but is the last thing in parentheses. A thread that ended
+            // meanwhile has none.
+            stat.is_empty()
+                || stat
+                    .rsplit(") ")
+                    .next()
+                    .is_some_and(|rest| rest.starts_with('T'))
+        })
     }
 
     /// Whether it has a handler for a signal. The first process of a pid namespace never gets a signal without one.
