@@ -229,6 +229,11 @@ fn verdicts_are_logged_at_the_level_that_was_asked_for() {
         std::io::Read::read_to_string(&mut file, &mut text).unwrap();
         text
     };
+    // A place that logs for the first time while other tests log, too, may miss that there is a subscriber. The next
+    // subscriber finds it known.
+    for logged_as_info in [true, false] {
+        lines(logged_as_info, Level::DEBUG);
+    }
     for (text, level) in [
         (lines(true, Level::INFO), "INFO"),
         (lines(false, Level::DEBUG), "DEBUG"),

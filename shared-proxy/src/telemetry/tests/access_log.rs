@@ -33,6 +33,13 @@ impl<'a> MakeWriter<'a> for Lines {
 
 /// What `work` logs, as text lines and as JSON objects.
 fn logged(filter: &str, work: impl Fn()) -> (Vec<String>, Vec<Value>) {
+    // A place that logs for the first time while other tests log, too, may miss that there is a subscriber. The next
+    // subscriber finds it known.
+    let unread = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(std::io::sink)
+        .finish();
+    tracing::subscriber::with_default(unread, &work);
     let text = Lines::default();
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
