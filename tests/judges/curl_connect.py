@@ -39,7 +39,6 @@ except pycurl.error as failure:
     error = str(failure)
 print(json.dumps({
     "error": error,
-    "connect": curl.getinfo(pycurl.HTTP_CONNECTCODE),
     "status": curl.getinfo(pycurl.RESPONSE_CODE),
     "page": page.getvalue().decode(errors="replace"),
     "said": "".join(said),
