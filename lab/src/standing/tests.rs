@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -365,10 +365,22 @@ sed 's/.*\"prevResult\"://; s/}$//'
         (&programs.ambidex, ambidex),
         (&programs.ambidex_cni, plugin),
     ] {
-        fs::write(path, text).unwrap();
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        script(path, text);
     }
     programs
+}
+
+/// Written by another process: what this one has open for writing, a process that another test starts at that moment inherits
+/// for an instant, and then the script is busy and cannot be run.
+fn script(path: &Path, text: &str) {
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut install.stdin.take().unwrap(), text.as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success());
 }
 
 #[test]
@@ -464,12 +476,10 @@ fn a_daemon_that_ends_at_start_fails_the_build_with_its_log_and_leaves_nothing()
     let before = traces(&spec.name);
     let mut programs_gone = spec.clone();
     // The agent of these programs is ready without a proxy, so it is kept from it.
-    fs::write(
-        dir.path().join("silent"),
+    script(
+        &dir.path().join("silent"),
         "#!/bin/sh\n[ $1 = agent ] && exec sleep 60\necho cannot start; exit 1\n",
-    )
-    .unwrap();
-    fs::set_permissions(dir.path().join("silent"), fs::Permissions::from_mode(0o755)).unwrap();
+    );
     spec.programs.ambidex = dir.path().join("silent");
     let error = format!("{:#}", up(&spec, &quiet).unwrap_err());
     assert!(
