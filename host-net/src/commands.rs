@@ -8,7 +8,7 @@
 use crate::engine::program;
 use crate::netlink::ROUTE_PROTOCOL;
 use crate::plan::{
-    Address, Chain, ChainRule, Link, Member, OverlayKind, Plan, Position, Route, RouteKind,
+    Address, Chain, ChainRule, Family, Link, Member, OverlayKind, Plan, Position, Route, RouteKind,
     RouteScope, Rule, RuleAction, Set, Step, Sysctl,
 };
 
@@ -58,9 +58,18 @@ fn make(step: &Step) -> Vec<String> {
             format!("ip link add {}", link_words(link)),
             format!("ip link set {} up", link.name),
         ],
-        Step::Address(a) => vec![format!("ip addr add {}", address_words(a))],
+        Step::Address(a) => {
+            // Usable at once, without a second of duplicate address detection.
+            let nodad = if a.addr.addr().is_ipv6() {
+                " nodad"
+            } else {
+                ""
+            };
+            vec![format!("ip addr add {}{nodad}", address_words(a))]
+        }
         Step::Rule(r) => vec![format!(
-            "ip rule add {} protocol {ROUTE_PROTOCOL}",
+            "{} add {} protocol {ROUTE_PROTOCOL}",
+            rule_program(r),
             rule_words(r)
         )],
         Step::Route(r) => vec![format!(
@@ -70,9 +79,19 @@ fn make(step: &Step) -> Vec<String> {
         Step::Sysctl(Sysctl { key, value }) => {
             vec![format!("echo {} > /proc/sys/{key}", quoted(value))]
         }
-        Step::Set(Set { name, comments }) => {
+        Step::Set(Set {
+            name,
+            family,
+            comments,
+        }) => {
+            let family = match family {
+                Family::V4 => "inet",
+                Family::V6 => "inet6",
+            };
             let comment = if *comments { " comment" } else { "" };
-            vec![format!("ipset create {name} hash:ip family inet{comment}")]
+            vec![format!(
+                "ipset create {name} hash:ip family {family}{comment}"
+            )]
         }
         Step::Member(Member { set, ip, comment }) => vec![match comment {
             Some(comment) => format!("ipset add {set} {ip} comment {}", quoted(comment)),
@@ -86,7 +105,11 @@ fn unmake(step: &Step) -> String {
     match step {
         Step::Link(link) => format!("ip link del {}", link.name),
         Step::Address(a) => format!("ip addr del {}", address_words(a)),
-        Step::Rule(r) => format!("ip rule del {} protocol {ROUTE_PROTOCOL}", rule_words(r)),
+        Step::Rule(r) => format!(
+            "{} del {} protocol {ROUTE_PROTOCOL}",
+            rule_program(r),
+            rule_words(r)
+        ),
         Step::Route(r) => format!("ip route del {} proto {ROUTE_PROTOCOL}", route_words(r)),
         Step::Sysctl(s) => format!("# put back the previous value of /proc/sys/{}", s.key),
         Step::Set(set) => format!("ipset destroy {}", set.name),
@@ -198,6 +221,13 @@ fn link_words(link: &Link) -> String {
 
 fn address_words(address: &Address) -> String {
     format!("{} dev {}", address.addr, address.dev)
+}
+
+fn rule_program(rule: &Rule) -> &'static str {
+    match rule.family {
+        Family::V4 => "ip rule",
+        Family::V6 => "ip -6 rule",
+    }
 }
 
 fn rule_words(rule: &Rule) -> String {

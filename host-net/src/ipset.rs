@@ -1,4 +1,4 @@
-//! Sets of IPv4 addresses (`ipset`, type `hash:ip`), through the kernel's own netlink protocol.
+//! Sets of addresses of one family (`ipset`, type `hash:ip`), through the kernel's own netlink protocol.
 //!
 //! Own code in place of `libipset`: errors are numbers, many entries go in one message, two sets can be swapped, and
 //! nothing has to be installed. Feature `libipset` has the C library as a second implementation for a differential test.
@@ -10,7 +10,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 pub use crate::netlink::Made;
 pub use error::IpsetError;
@@ -18,7 +18,7 @@ pub use protocol::{Listing, SetEntry, SetHeader};
 
 use crate::netns::Netns;
 use crate::nfnetlink::{Connection, FLAG_CREATE, FLAG_EXCL, Malformed, NfnetlinkError, Request};
-use crate::plan::{Member, Set};
+use crate::plan::{Family, Member, Set};
 use error::ERR_EXIST;
 use protocol::Element;
 
@@ -56,15 +56,21 @@ impl Ipset {
         Ok(Self { connection })
     }
 
-    /// Creates a set as `ipset create NAME hash:ip [comment]` does. A set with the same name, type, family and options
+    /// Creates a set as `ipset create NAME hash:ip [family inet6] [comment]` does. A set with the same name, type, family and options
     /// is accepted; any other is a [`IpsetError::Conflict`].
     pub fn create(&self, set: &Set) -> Result<Made, IpsetError> {
         const ACTION: &str = "create";
         let name = checked(&set.name)?;
-        let types = self.request(name, ACTION, protocol::TYPE, 0, protocol::type_query())?;
+        let types = self.request(
+            name,
+            ACTION,
+            protocol::TYPE,
+            0,
+            protocol::type_query(set.family),
+        )?;
         let answer = types.first().map_or(&[][..], Vec::as_slice);
         let revision = protocol::revision_from(answer).map_err(|e| garbled(name, ACTION, e))?;
-        let attributes = protocol::create(name, revision, set.comments);
+        let attributes = protocol::create(name, revision, set.family, set.comments);
         let flags = FLAG_CREATE | FLAG_EXCL;
         match self.request(name, ACTION, protocol::CREATE, flags, attributes) {
             Ok(_) => Ok(Made::Created),
@@ -80,14 +86,18 @@ impl Ipset {
             set: set.name.clone(),
         };
         let found = self.header(&set.name)?.ok_or_else(absent)?;
-        if found.is_ipv4_hash() && found.options.is_empty() && found.comments == set.comments {
+        if found.is_hash_of(set.family)
+            && found.options.is_empty()
+            && found.comments == set.comments
+        {
             return Ok(Made::Existed);
         }
         let comment = if set.comments { " comment" } else { "" };
+        let family = protocol::family_word(set.family);
         Err(IpsetError::Conflict {
             set: set.name.clone(),
             found: found.definition(),
-            wanted: format!("hash:ip family inet{comment}"),
+            wanted: format!("hash:ip family {family}{comment}"),
         })
     }
 
@@ -160,7 +170,7 @@ impl Ipset {
     }
 
     /// Whether the address is in the set.
-    pub fn test(&self, set: &str, ip: Ipv4Addr) -> Result<bool, IpsetError> {
+    pub fn test(&self, set: &str, ip: IpAddr) -> Result<bool, IpsetError> {
         let attributes = protocol::test(checked(set)?, ip);
         match self.request(set, "test", protocol::TEST, 0, attributes) {
             Ok(_) => Ok(true),
@@ -172,16 +182,17 @@ impl Ipset {
     }
 
     /// The entries of a set, sorted by address; none when there is no such set. An error for a set that is not
-    /// `hash:ip` of IPv4: see [`Ipset::listing`].
+    /// `hash:ip`: see [`Ipset::listing`].
     pub fn list(&self, set: &str) -> Result<Option<Vec<Member>>, IpsetError> {
         let Some(listing) = self.listing(set)? else {
             return Ok(None);
         };
-        if !listing.header.is_ipv4_hash() {
+        let of_addresses = |family| listing.header.is_hash_of(family);
+        if !Family::BOTH.into_iter().any(of_addresses) {
             return Err(IpsetError::Conflict {
                 set: set.to_owned(),
                 found: listing.header.definition(),
-                wanted: "hash:ip family inet".to_owned(),
+                wanted: "hash:ip".to_owned(),
             });
         }
         let member = |entry: SetEntry| {
@@ -339,7 +350,7 @@ fn explain(
     set: &str,
     action: &'static str,
     error: NfnetlinkError,
-    member: impl Fn(&[u8]) -> Option<Ipv4Addr>,
+    member: impl Fn(&[u8]) -> Option<IpAddr>,
 ) -> IpsetError {
     match error {
         NfnetlinkError::Refused { code, quoted } => IpsetError::Refused {

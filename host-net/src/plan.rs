@@ -7,7 +7,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::netns::Netns;
@@ -59,7 +59,7 @@ impl Plan {
 pub enum Step {
     /// An overlay device, brought up.
     Link(Link),
-    /// An IPv4 address on a device.
+    /// An address on a device.
     Address(Address),
     /// A policy routing rule.
     Rule(Rule),
@@ -125,13 +125,16 @@ pub struct Link {
 pub struct Address {
     /// Device name.
     pub dev: String,
-    /// Address with prefix length.
-    pub addr: Ipv4Net,
+    /// Address of either family with prefix length.
+    pub addr: IpNet,
 }
 
-/// A policy routing rule (`ip rule`).
+/// A policy routing rule (`ip rule`, `ip -6 rule`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Rule {
+    /// Packets of which family it is about. Stored only for IPv6: what does not say so is about IPv4.
+    #[serde(default, skip_serializing_if = "Family::is_v4")]
+    pub family: Family,
     /// Preference; lower is looked at first.
     pub priority: u32,
     /// `fwmark value/mask`; none matches all packets.
@@ -170,7 +173,7 @@ pub enum RuleAction {
 pub struct Route {
     /// Routing table.
     pub table: u32,
-    /// Destination; `0.0.0.0/0` is the default route.
+    /// Destination, which also tells the family; `0.0.0.0/0` and `::/0` are the default routes.
     pub dst: IpNet,
     /// Output device.
     pub dev: String,
@@ -182,7 +185,7 @@ pub struct Route {
     pub onlink: bool,
     /// unicast, or `local` (deliver to this host).
     pub kind: RouteKind,
-    /// Scope.
+    /// Scope. IPv6 routes have none, whatever is said here.
     pub scope: RouteScope,
 }
 
@@ -217,14 +220,35 @@ pub struct Sysctl {
     pub value: String,
 }
 
-/// Address family of an iptables object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// Address family.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// `iptables`.
+    /// IPv4: `iptables`, `ip rule`, sets of `family inet`.
+    #[default]
     V4,
-    /// `ip6tables`.
+    /// IPv6: `ip6tables`, `ip -6 rule`, sets of `family inet6`.
     V6,
+}
+
+impl Family {
+    /// Both, IPv4 first.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address.
+    pub fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// Whether it is IPv4, which stored plans leave out.
+    pub fn is_v4(&self) -> bool {
+        *self == Self::V4
+    }
 }
 
 /// iptables table. The order is the order in which they are restored: the gate (`nat`, which starts redirecting) last.
@@ -302,11 +326,14 @@ pub struct ChainRule {
     pub position: Position,
 }
 
-/// An ipset of type `hash:ip`, family inet, with comments.
+/// An ipset of type `hash:ip`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Set {
     /// Name, at most 31 characters.
     pub name: String,
+    /// Family of its entries: `inet` or `inet6`. Stored only for IPv6.
+    #[serde(default, skip_serializing_if = "Family::is_v4")]
+    pub family: Family,
     /// Whether entries carry comments (the owning pod's UID).
     pub comments: bool,
 }
@@ -316,8 +343,8 @@ pub struct Set {
 pub struct Member {
     /// Set name.
     pub set: String,
-    /// Address.
-    pub ip: Ipv4Addr,
+    /// Address, of the set's family.
+    pub ip: IpAddr,
     /// Comment: the UID of the pod that owns the entry. Removal happens only when it still matches.
     pub comment: Option<String>,
 }

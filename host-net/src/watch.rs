@@ -12,8 +12,8 @@ use netlink_sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
 
 use crate::netns::Netns;
 
-/// `RTNLGRP_LINK`, `RTNLGRP_IPV4_IFADDR`, `RTNLGRP_IPV4_ROUTE`, `RTNLGRP_IPV4_RULE` (linux/rtnetlink.h).
-const ROUTE_GROUPS: [u32; 4] = [1, 5, 7, 8];
+/// `RTNLGRP_LINK`; `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`; the same of IPv6 (linux/rtnetlink.h).
+const ROUTE_GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
 /// `NFNLGRP_NFTABLES` (linux/netfilter/nfnetlink.h).
 const NFTABLES_GROUP: u32 = 7;
 /// What is told is not read beyond this: that something was told is enough.

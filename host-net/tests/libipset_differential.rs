@@ -102,7 +102,7 @@ impl Library {
 fn member(set: &str, ip: Ipv4Addr, comment: Option<&str>) -> Member {
     Member {
         set: set.to_owned(),
-        ip,
+        ip: ip.into(),
         comment: comment.map(str::to_owned),
     }
 }
@@ -110,6 +110,7 @@ fn member(set: &str, ip: Ipv4Addr, comment: Option<&str>) -> Member {
 fn set(name: &str, comments: bool) -> Set {
     Set {
         name: name.to_owned(),
+        family: host_net::plan::Family::V4,
         comments,
     }
 }

@@ -126,6 +126,7 @@ fn all_local(table: u32) -> Step {
 /// Answers to the proxy's sockets are looked up in this table.
 fn return_rule(priority: u32, table: u32) -> Step {
     Step::Rule(Rule {
+        family: Family::V4,
         priority,
         fwmark: Some(MARK_RETURN),
         action: RuleAction::Lookup(table),
@@ -176,6 +177,7 @@ pub fn host() -> Plan {
         steps: vec![
             Step::Set(Set {
                 name: PROBES_SET.to_owned(),
+                family: Family::V4,
                 comments: true,
             }),
             Step::Chain(Chain {
@@ -203,7 +205,7 @@ pub fn host_pod(facts: &PodFacts, phase: Phase) -> Plan {
     if phase == Phase::Active {
         plan.steps.push(Step::Member(Member {
             set: PROBES_SET.to_owned(),
-            ip: facts.ip,
+            ip: facts.ip.into(),
             comment: Some(facts.uid.clone()),
         }));
     }

@@ -304,14 +304,14 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     if facts.live {
         plan.steps.push(Step::Member(Member {
             set: LIVE_PODS_SET.to_owned(),
-            ip: facts.ip,
+            ip: facts.ip.into(),
             comment: None,
         }));
     }
     plan.steps.extend(dns_exemption(facts));
     plan.steps.push(Step::Member(Member {
         set: PODS_SET.to_owned(),
-        ip: facts.ip,
+        ip: facts.ip.into(),
         comment: Some(facts.uid.clone()),
     }));
     plan.steps.push(Step::Route(Route {
@@ -327,7 +327,7 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     // Last: it drops what the capture does not take.
     plan.steps.push(Step::Member(Member {
         set: GUARD_SET.to_owned(),
-        ip: facts.ip,
+        ip: facts.ip.into(),
         comment: Some(facts.uid.clone()),
     }));
     plan
@@ -350,7 +350,7 @@ fn dns_exemption(facts: &PodFacts) -> Option<Step> {
     facts.dns_exempt.then(|| {
         Step::Member(Member {
             set: DNS_EXEMPT_SET.to_owned(),
-            ip: facts.ip,
+            ip: facts.ip.into(),
             comment: None,
         })
     })
@@ -359,6 +359,7 @@ fn dns_exemption(facts: &PodFacts) -> Option<Step> {
 fn set(name: &str, comments: bool) -> Step {
     Step::Set(Set {
         name: name.to_owned(),
+        family: Family::V4,
         comments,
     })
 }
@@ -377,12 +378,13 @@ fn link(name: &str, vni: u32, overlay: OverlayKind, remote: Ipv4Addr, port: u16,
 fn address(dev: &str, addr: Ipv4Addr) -> Step {
     Step::Address(Address {
         dev: dev.to_owned(),
-        addr: Ipv4Net::new_assert(addr, TUNNEL_PREFIX),
+        addr: Ipv4Net::new_assert(addr, TUNNEL_PREFIX).into(),
     })
 }
 
 fn rule(priority: u32, fwmark: Option<MarkMatch>, action: RuleAction) -> Step {
     Step::Rule(Rule {
+        family: Family::V4,
         priority,
         fwmark,
         action,

@@ -18,6 +18,7 @@ fn plan() -> Plan {
         steps: vec![
             Step::Set(Set {
                 name: "pods".to_owned(),
+                family: Family::V4,
                 comments: true,
             }),
             Step::Link(Link {
@@ -33,6 +34,7 @@ fn plan() -> Plan {
                 addr: "192.168.126.1/30".parse().unwrap(),
             }),
             Step::Rule(Rule {
+                family: Family::V4,
                 priority: 100,
                 fwmark: Some(MarkMatch {
                     value: 0x200,

@@ -358,7 +358,9 @@ fn problem(presence: Presence) -> Option<Problem> {
 /// The definition of a set of this name that is of another kind.
 fn different_set(ipset: &Ipset, wanted: &Set) -> Result<Option<String>, IpsetError> {
     let found = ipset.header(&wanted.name)?.filter(|found| {
-        !(found.is_ipv4_hash() && found.options.is_empty() && found.comments == wanted.comments)
+        !(found.is_hash_of(wanted.family)
+            && found.options.is_empty()
+            && found.comments == wanted.comments)
     });
     Ok(found.map(|found| found.definition()))
 }

@@ -18,7 +18,11 @@ impl fmt::Display for Step {
             Step::Link(l) => write!(f, "{} device {}", l.overlay, l.name),
             Step::Address(a) => write!(f, "address {} on {}", a.addr, a.dev),
             Step::Rule(r) => {
-                write!(f, "ip rule {}", r.priority)?;
+                let version = match r.family {
+                    Family::V4 => "",
+                    Family::V6 => "-6 ",
+                };
+                write!(f, "ip {version}rule {}", r.priority)?;
                 if let Some(mark) = r.fwmark {
                     write!(f, " (fwmark {mark})")?;
                 }

@@ -11,7 +11,8 @@ pub(super) fn same_object(a: &Step, b: &Step) -> bool {
         (Step::Rule(a), Step::Rule(b)) => {
             // Several rules with one preference are several objects, but only one of two gotos is ever reached.
             let gotos = [a, b].map(|rule| matches!(rule.action, RuleAction::Goto(_)));
-            a == b || (gotos == [true; 2] && a.priority == b.priority && a.fwmark == b.fwmark)
+            let selector = |rule: &crate::plan::Rule| (rule.family, rule.priority, rule.fwmark);
+            a == b || (gotos == [true; 2] && selector(a) == selector(b))
         }
         (Step::Sysctl(a), Step::Sysctl(b)) => a.key == b.key,
         (Step::Set(a), Step::Set(b)) => a.name == b.name,

@@ -1,7 +1,7 @@
 //! Errors of sets, and the kernel's error numbers in words.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use thiserror::Error;
 
@@ -36,7 +36,7 @@ pub enum IpsetError {
         /// What was being done.
         action: &'static str,
         /// The entry that was refused; those before it in the same call took effect.
-        member: Option<Ipv4Addr>,
+        member: Option<IpAddr>,
         /// Error number: an errno, or `IPSET_ERR_*` (from 4097 on).
         code: i32,
     },
@@ -72,13 +72,13 @@ pub enum IpsetError {
         /// Set name.
         set: String,
         /// Entry.
-        ip: Ipv4Addr,
+        ip: IpAddr,
         /// The comment.
         comment: String,
     },
 }
 
-fn of_member(member: Option<Ipv4Addr>) -> String {
+fn of_member(member: Option<IpAddr>) -> String {
     member.map_or(String::new(), |ip| format!(" {ip}"))
 }
 

@@ -1,8 +1,9 @@
 //! The ipset subsystem of nfnetlink: numbers, requests and answers (linux/netfilter/ipset/ip_set.h).
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::nfnetlink::{Attribute, AttributeWriter, Attributes, Malformed};
+use crate::plan::Family;
 
 pub(super) const SUBSYSTEM: u8 = 6;
 
@@ -39,6 +40,7 @@ const DATA_NETMASK: u16 = 20;
 const DATA_COMMENT: u16 = 26;
 const DATA_REFERENCES: u16 = 25;
 const IP_V4: u16 = 1;
+const IP_V6: u16 = 2;
 
 const CREATE_WITH_COUNTERS: u32 = 1 << 3;
 const CREATE_WITH_COMMENT: u32 = 1 << 4;
@@ -50,10 +52,27 @@ const HASH_IP: &str = "hash:ip";
 /// The latest revision of `hash:ip` that is known to behave as assumed here (6: bucket size, bitmask).
 const LATEST_REVISION: u8 = 6;
 const INET: u8 = 2;
+const INET6: u8 = 10;
 
 /// Size of one message of a batch. An attribute holds 64 KiB; half of it keeps the error, which quotes the whole
 /// request, within any receive buffer.
 const BATCH_BYTES: usize = 32 * 1024;
+
+/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => INET,
+        Family::V6 => INET6,
+    }
+}
+
+/// A family as `ipset` spells it.
+pub(super) fn family_word(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "inet",
+        Family::V6 => "inet6",
+    }
+}
 
 fn command() -> AttributeWriter {
     AttributeWriter::default().byte(ATTR_PROTOCOL, PROTOCOL)
@@ -81,10 +100,10 @@ pub(super) fn header_of(set: &str) -> Result<Vec<u8>, Malformed> {
         .finish()
 }
 
-pub(super) fn type_query() -> Result<Vec<u8>, Malformed> {
+pub(super) fn type_query(family: Family) -> Result<Vec<u8>, Malformed> {
     command()
         .text(ATTR_TYPENAME, HASH_IP)
-        .byte(ATTR_FAMILY, INET)
+        .byte(ATTR_FAMILY, family_number(family))
         .finish()
 }
 
@@ -94,7 +113,12 @@ pub(super) fn revision_from(answer: &[u8]) -> Result<u8, Malformed> {
     Ok(latest.min(LATEST_REVISION))
 }
 
-pub(super) fn create(set: &str, revision: u8, comments: bool) -> Result<Vec<u8>, Malformed> {
+pub(super) fn create(
+    set: &str,
+    revision: u8,
+    family: Family,
+    comments: bool,
+) -> Result<Vec<u8>, Malformed> {
     let mut data = AttributeWriter::default();
     if comments {
         data = data.number(DATA_FLAGS, CREATE_WITH_COMMENT);
@@ -103,7 +127,7 @@ pub(super) fn create(set: &str, revision: u8, comments: bool) -> Result<Vec<u8>,
         .text(ATTR_SETNAME, set)
         .text(ATTR_TYPENAME, HASH_IP)
         .byte(ATTR_REVISION, revision)
-        .byte(ATTR_FAMILY, INET)
+        .byte(ATTR_FAMILY, family_number(family))
         .nested(ATTR_DATA, data)
         .finish()
 }
@@ -111,13 +135,16 @@ pub(super) fn create(set: &str, revision: u8, comments: bool) -> Result<Vec<u8>,
 /// One entry of a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Element<'a> {
-    pub(super) ip: Ipv4Addr,
+    pub(super) ip: IpAddr,
     pub(super) comment: Option<&'a str>,
 }
 
 impl Element<'_> {
     fn encode(&self) -> AttributeWriter {
-        let ip = AttributeWriter::default().network_bytes(IP_V4, self.ip.octets());
+        let ip = match self.ip {
+            IpAddr::V4(ip) => AttributeWriter::default().network_bytes(IP_V4, ip.octets()),
+            IpAddr::V6(ip) => AttributeWriter::default().network_bytes(IP_V6, ip.octets()),
+        };
         let data = AttributeWriter::default().nested(DATA_IP, ip);
         match self.comment {
             Some(comment) => data.text(DATA_COMMENT, comment),
@@ -126,7 +153,7 @@ impl Element<'_> {
     }
 }
 
-pub(super) fn test(set: &str, ip: Ipv4Addr) -> Result<Vec<u8>, Malformed> {
+pub(super) fn test(set: &str, ip: IpAddr) -> Result<Vec<u8>, Malformed> {
     let element = Element { ip, comment: None };
     command()
         .text(ATTR_SETNAME, set)
@@ -204,17 +231,17 @@ impl SetHeader {
         words.join(" ")
     }
 
-    /// `hash:ip`, IPv4: the only type whose entries this crate reads and writes.
-    pub fn is_ipv4_hash(&self) -> bool {
-        self.type_name == HASH_IP && self.family == INET
+    /// `hash:ip` of this family: the only type whose entries this crate reads and writes.
+    pub fn is_hash_of(&self, family: Family) -> bool {
+        self.type_name == HASH_IP && self.family == family_number(family)
     }
 }
 
 /// One entry of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SetEntry {
-    /// Its (first) address, when it is an IPv4 one.
-    pub ip: Option<Ipv4Addr>,
+    /// Its (first) address, when it has one.
+    pub ip: Option<IpAddr>,
     /// Its comment.
     pub comment: Option<String>,
     /// The entry as the kernel encodes it: a canonical form for sets of any type.
@@ -286,7 +313,9 @@ fn entry_from(element: Attribute<'_>) -> Result<SetEntry, Malformed> {
         match attribute.kind {
             DATA_IP => {
                 if let Some(v4) = attribute.nested().find(IP_V4)? {
-                    ip = Some(Ipv4Addr::from(v4.bytes::<4>()?));
+                    ip = Some(Ipv4Addr::from(v4.bytes::<4>()?).into());
+                } else if let Some(v6) = attribute.nested().find(IP_V6)? {
+                    ip = Some(Ipv6Addr::from(v6.bytes::<16>()?).into());
                 }
             }
             DATA_COMMENT => comment = Some(attribute.text()?.to_owned()),

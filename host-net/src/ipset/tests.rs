@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::net::Ipv4Addr;
 use std::process::Command;
 
 use proptest::collection::vec;
@@ -18,6 +19,7 @@ fn shell(netns: &Netns, line: &str) -> String {
 fn set(name: &str, comments: bool) -> Set {
     Set {
         name: name.to_owned(),
+        family: Family::V4,
         comments,
     }
 }
@@ -101,7 +103,11 @@ fn entries_carry_their_owner_and_leave_only_with_it() {
     assert_eq!(listed, [second.clone(), first.clone()]);
     assert!(shell(&netns, "ipset save pods").contains("add pods 10.244.1.4 comment \"uid-1\""));
     assert!(sets.test("pods", first.ip).unwrap());
-    assert!(!sets.test("pods", Ipv4Addr::new(10, 0, 0, 1)).unwrap());
+    assert!(
+        !sets
+            .test("pods", Ipv4Addr::new(10, 0, 0, 1).into())
+            .unwrap()
+    );
 
     // The address goes to another pod before the entry of the first one is removed.
     let heir = member("pods", "10.244.1.4", Some("uid-2"));
@@ -128,6 +134,50 @@ fn entries_carry_their_owner_and_leave_only_with_it() {
     assert_eq!(sets.list("pods").unwrap().unwrap(), []);
 }
 
+/// As the other ones, and the kernel keeps the families apart.
+#[test]
+fn a_set_of_ipv6_addresses() {
+    let netns = Netns::create_unnamed().unwrap();
+    let sets = Ipset::open(&netns).unwrap();
+    let wanted = Set {
+        family: Family::V6,
+        ..set("pods6", true)
+    };
+    assert_eq!(sets.create(&wanted).unwrap(), Made::Created);
+    assert_eq!(sets.create(&wanted).unwrap(), Made::Existed);
+    let error = sets.create(&set("pods6", true)).unwrap_err().to_string();
+    assert!(
+        error.contains(
+            "exists as `hash:ip family inet6 comment`, wanted `hash:ip family inet comment`"
+        ),
+        "{error}"
+    );
+    let members: Vec<Member> = (1..2000)
+        .map(|n: u32| member("pods6", &format!("fd00:10:244::{n:x}"), Some("uid")))
+        .collect();
+    sets.add(&members).unwrap();
+    let listed = sets.list("pods6").unwrap().unwrap();
+    assert_eq!(listed.len(), members.len());
+    assert!(members.iter().all(|member| listed.contains(member)));
+    assert!(
+        shell(&netns, "ipset save pods6").contains("add pods6 fd00:10:244::7cf comment \"uid\"")
+    );
+    assert!(sets.test("pods6", members[0].ip).unwrap());
+    assert!(
+        !sets
+            .test("pods6", "fd00:10:244::ffff".parse().unwrap())
+            .unwrap()
+    );
+    let stranger = Member {
+        comment: Some("other".to_owned()),
+        ..members[0].clone()
+    };
+    assert_ne!(sets.del(&stranger).unwrap(), Removal::Removed);
+    assert_eq!(sets.del(&members[0]).unwrap(), Removal::Removed);
+    assert!(!sets.test("pods6", members[0].ip).unwrap());
+    sets.add(&[member("pods6", "10.0.0.1", None)]).unwrap_err();
+}
+
 #[test]
 fn thousands_of_entries_go_in_and_come_back() {
     let netns = Netns::create_unnamed().unwrap();
@@ -137,7 +187,7 @@ fn thousands_of_entries_go_in_and_come_back() {
     let members: Vec<Member> = (0..3000)
         .map(|n| Member {
             set: "many".to_owned(),
-            ip: address(n),
+            ip: address(n).into(),
             comment: Some(format!("0f6c3a52-91d7-4d0e-8a36-{n:012}")),
         })
         .collect();
@@ -231,7 +281,10 @@ fn a_set_of_another_type_can_be_looked_at() {
     let listing = sets.listing("ports").unwrap().unwrap();
     assert_eq!(listing.header.definition(), "hash:ip,port family inet");
     assert_eq!(listing.entries.len(), 1);
-    assert_eq!(listing.entries[0].ip, Some(Ipv4Addr::new(10, 0, 0, 1)));
+    assert_eq!(
+        listing.entries[0].ip,
+        Some(Ipv4Addr::new(10, 0, 0, 1).into())
+    );
     assert!(matches!(
         sets.list("ports"),
         Err(IpsetError::Conflict { .. })
@@ -272,9 +325,9 @@ proptest! {
     #[test]
     fn damaged_answers_do_not_panic(at in 0usize..400, byte in any::<u8>(), keep in 0usize..400) {
         let elements: Vec<Element<'_>> = (1..6)
-            .map(|n| Element { ip: Ipv4Addr::from(n), comment: Some("owner") })
+            .map(|n| Element { ip: Ipv4Addr::from(n).into(), comment: Some("owner") })
             .collect();
-        let mut part = protocol::create("set", 6, true).unwrap();
+        let mut part = protocol::create("set", 6, Family::V4, true).unwrap();
         part.extend(protocol::batches("set", &elements).unwrap().remove(0).1);
         let whole = protocol::listing_from(std::slice::from_ref(&part)).unwrap().unwrap();
         prop_assert_eq!(whole.entries.len(), 5);
@@ -291,9 +344,9 @@ proptest! {
         let elements: Vec<Element<'_>> = comments
             .iter()
             .zip(1u32..)
-            .map(|(comment, n)| Element { ip: Ipv4Addr::from(n), comment: Some(comment) })
+            .map(|(comment, n)| Element { ip: Ipv4Addr::from(n).into(), comment: Some(comment) })
             .collect();
-        let header = protocol::create("set", 6, true).unwrap();
+        let header = protocol::create("set", 6, Family::V4, true).unwrap();
         let mut next = 0;
         for (first, request) in protocol::batches("set", &elements).unwrap() {
             prop_assert_eq!(first, next);

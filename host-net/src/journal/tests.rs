@@ -149,3 +149,26 @@ fn an_unwritable_record_leaves_the_previous_one() {
     assert!(journal.store(&record("p", 7, "1")).is_err());
     assert_eq!(journal.load("p").unwrap(), Some(first));
 }
+
+/// Records of a time without IPv6 say nothing of families, and what is about IPv4 is still written as it was.
+#[test]
+fn steps_without_a_family_are_about_ipv4() {
+    let written = [
+        r#"{"step":"rule","priority":101,"fwmark":{"value":256,"mask":256},"action":{"lookup":101}}"#,
+        r#"{"step":"set","name":"ztunnel-pods-ips","comments":true}"#,
+        r#"{"step":"member","set":"ztunnel-pods-ips","ip":"10.244.1.5","comment":"uid"}"#,
+        r#"{"step":"address","dev":"istioin","addr":"192.168.126.1/30"}"#,
+    ];
+    for text in written {
+        let step: Step = serde_json::from_str(text).unwrap();
+        match &step {
+            Step::Rule(rule) => assert_eq!(rule.family, Family::V4),
+            Step::Set(set) => assert_eq!(set.family, Family::V4),
+            _ => {}
+        }
+        assert_eq!(serde_json::to_string(&step).unwrap(), text);
+    }
+    let text = r#"{"step":"set","name":"ztunnel-pods-ips6","family":"v6","comments":true}"#;
+    let step: Step = serde_json::from_str(text).unwrap();
+    assert_eq!(serde_json::to_string(&step).unwrap(), text);
+}

@@ -78,17 +78,17 @@ impl Netlink {
     /// # Errors
     /// [`NetlinkError::Conflict`] when the device has the same address with another prefix length.
     pub async fn add_address(&self, wanted: &Address) -> Result<Made, NetlinkError> {
-        let object = object(&wanted.dev, wanted.addr.into());
+        let object = object(&wanted.dev, wanted.addr);
         match self.check_address(wanted).await? {
             Presence::Same => Ok(Made::Existed),
             Presence::Different { found } => Err(NetlinkError::Conflict { object, found }),
-            Presence::Absent => self.add_ip(&wanted.dev, wanted.addr.into()).await,
+            Presence::Absent => self.add_ip(&wanted.dev, wanted.addr).await,
         }
     }
 
     /// Compares what stands in the place of an address: the same address on the same device.
     pub async fn check_address(&self, wanted: &Address) -> Result<Presence, NetlinkError> {
-        let wanted_addr = IpNet::from(wanted.addr);
+        let wanted_addr = wanted.addr;
         let mut presence = Presence::Absent;
         for found in self.listed_addresses().await? {
             if found.dev != wanted.dev || found.addr.addr() != wanted_addr.addr() {
@@ -115,7 +115,7 @@ impl Netlink {
         if !self.has_address(wanted).await? {
             return Ok(false);
         }
-        self.del_ip(&wanted.dev, wanted.addr.into()).await
+        self.del_ip(&wanted.dev, wanted.addr).await
     }
 
     /// Adds an address of either family to a device.

@@ -166,6 +166,7 @@ impl ListedRule {
         let (shape, protocol) = Shape::of_message(message);
         let rule = match shape.action {
             Action::Known(action) if shape.extras.is_empty() => Some(Rule {
+                family,
                 priority: shape.priority,
                 fwmark: shape.mark,
                 action,
@@ -181,9 +182,9 @@ impl ListedRule {
     }
 }
 
-fn message(family: Family, rule: &Rule) -> RuleMessage {
+fn message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
-    message.header.family = address_family(family);
+    message.header.family = address_family(rule.family);
     let attributes = &mut message.attributes;
     attributes.push(RuleAttribute::Priority(rule.priority));
     attributes.push(RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)));
@@ -212,8 +213,8 @@ fn address_family(family: Family) -> AddressFamily {
     }
 }
 
-fn object(family: Family, rule: &Rule) -> String {
-    let version = match family {
+fn object(rule: &Rule) -> String {
+    let version = match rule.family {
         Family::V4 => "",
         Family::V6 => "IPv6 ",
     };
@@ -221,60 +222,39 @@ fn object(family: Family, rule: &Rule) -> String {
 }
 
 impl Netlink {
-    /// Adds an IPv4 rule.
+    /// Adds a rule.
     ///
     /// A rule of the same priority that selects other packets or does something else is another rule and no conflict,
     /// except for a `goto` of the same priority and selector to another target: only one of them would be reached.
     pub async fn add_rule(&self, rule: &Rule) -> Result<Made, NetlinkError> {
-        self.add_rule_in(Family::V4, rule).await
-    }
-
-    /// Whether exactly this IPv4 rule exists.
-    pub async fn has_rule(&self, rule: &Rule) -> Result<bool, NetlinkError> {
-        Ok(self.check_rule_in(Family::V4, rule).await? == Presence::Same)
-    }
-
-    /// Compares what stands in the place of an IPv4 rule.
-    pub async fn check_rule(&self, rule: &Rule) -> Result<Presence, NetlinkError> {
-        self.check_rule_in(Family::V4, rule).await
-    }
-
-    /// Deletes exactly this IPv4 rule if it is ours; false when it is not there.
-    pub async fn del_rule(&self, rule: &Rule) -> Result<bool, NetlinkError> {
-        self.del_rule_in(Family::V4, rule).await
-    }
-
-    /// [`Netlink::add_rule`] for either family.
-    pub async fn add_rule_in(&self, family: Family, rule: &Rule) -> Result<Made, NetlinkError> {
-        let object = object(family, rule);
+        let object = object(rule);
         // The kernel would add an identical rule beside one that carries another protocol number.
-        match self.check_rule_in(family, rule).await? {
+        match self.check_rule(rule).await? {
             Presence::Same => return Ok(Made::Existed),
             Presence::Different { found } => return Err(NetlinkError::Conflict { object, found }),
             Presence::Absent => {}
         }
-        let request = RouteNetlinkMessage::NewRule(message(family, rule));
+        let request = RouteNetlinkMessage::NewRule(message(rule));
         match self.create(request).await {
             Ok(()) => Ok(Made::Created),
             // Somebody was faster, perhaps with another one.
-            Err(e) if e.raw_os_error() == Some(EEXIST) => {
-                match self.check_rule_in(family, rule).await? {
-                    Presence::Same => Ok(Made::Existed),
-                    _ => Err(NetlinkError::kernel(object, e)),
-                }
-            }
+            Err(e) if e.raw_os_error() == Some(EEXIST) => match self.check_rule(rule).await? {
+                Presence::Same => Ok(Made::Existed),
+                _ => Err(NetlinkError::kernel(object, e)),
+            },
             Err(e) => Err(NetlinkError::kernel(object, e)),
         }
     }
 
-    /// [`Netlink::check_rule`] for either family.
-    pub async fn check_rule_in(
-        &self,
-        family: Family,
-        rule: &Rule,
-    ) -> Result<Presence, NetlinkError> {
+    /// Whether exactly this rule exists.
+    pub async fn has_rule(&self, rule: &Rule) -> Result<bool, NetlinkError> {
+        Ok(self.check_rule(rule).await? == Presence::Same)
+    }
+
+    /// Compares what stands in the place of a rule.
+    pub async fn check_rule(&self, rule: &Rule) -> Result<Presence, NetlinkError> {
         let wanted = Shape::of_plan(rule);
-        let rules = self.rules(family).await?;
+        let rules = self.rules(rule.family).await?;
         if rules.iter().any(|found| found.shape == wanted) {
             return Ok(Presence::Same);
         }
@@ -287,10 +267,10 @@ impl Netlink {
         })
     }
 
-    /// [`Netlink::del_rule`] for either family.
-    pub async fn del_rule_in(&self, family: Family, rule: &Rule) -> Result<bool, NetlinkError> {
+    /// Deletes exactly this rule if it is ours; false when it is not there.
+    pub async fn del_rule(&self, rule: &Rule) -> Result<bool, NetlinkError> {
         let wanted = Shape::of_plan(rule);
-        let rules = self.rules(family).await?;
+        let rules = self.rules(rule.family).await?;
         let ours = || {
             rules
                 .iter()
@@ -302,15 +282,15 @@ impl Netlink {
         // The kernel may prefer a rule that merely resembles this one.
         let first = ours().find(|found| wanted.would_take(&found.shape));
         if let Some(found) = first.filter(|found| found.shape != wanted) {
-            let object = object(family, rule);
+            let object = object(rule);
             let reason = format!("the kernel would delete `{found}` in its place");
             return Err(NetlinkError::kernel(object, io::Error::other(reason)));
         }
-        let request = RouteNetlinkMessage::DelRule(message(family, rule));
+        let request = RouteNetlinkMessage::DelRule(message(rule));
         match self.change(request).await {
             Ok(()) => Ok(true),
             Err(e) if e.raw_os_error() == Some(ENOENT) => Ok(false),
-            Err(e) => Err(NetlinkError::kernel(object(family, rule), e)),
+            Err(e) => Err(NetlinkError::kernel(object(rule), e)),
         }
     }
 

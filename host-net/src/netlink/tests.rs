@@ -87,6 +87,7 @@ fn route(table: u32, dst: &str, dev: &str) -> Route {
 fn rule(priority: u32, mark: Option<(u32, u32)>, action: RuleAction) -> Rule {
     let fwmark = mark.map(|(value, mask)| MarkMatch { value, mask });
     Rule {
+        family: Family::V4,
         priority,
         fwmark,
         action,

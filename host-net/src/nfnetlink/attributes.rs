@@ -142,8 +142,8 @@ impl AttributeWriter {
         self.raw(kind | NET_BYTE_ORDER, &value.to_be_bytes())
     }
 
-    /// Four bytes that are in network byte order already, marked as such.
-    pub(crate) fn network_bytes(self, kind: u16, value: [u8; 4]) -> Self {
+    /// Bytes that are in network byte order already, marked as such.
+    pub(crate) fn network_bytes<const N: usize>(self, kind: u16, value: [u8; N]) -> Self {
         self.raw(kind | NET_BYTE_ORDER, &value)
     }
 

@@ -24,6 +24,7 @@ pub fn address(dev: &str, addr: &str) -> Step {
 
 pub fn rule(priority: u32, mark: u32, action: RuleAction) -> Step {
     Step::Rule(Rule {
+        family: Family::V4,
         priority,
         fwmark: Some(MarkMatch {
             value: mark,
@@ -31,6 +32,16 @@ pub fn rule(priority: u32, mark: u32, action: RuleAction) -> Step {
         }),
         action,
     })
+}
+
+fn rule6(priority: u32, mark: u32, action: RuleAction) -> Step {
+    match rule(priority, mark, action) {
+        Step::Rule(rule) => Step::Rule(Rule {
+            family: Family::V6,
+            ..rule
+        }),
+        other => other,
+    }
 }
 
 pub fn route(table: u32, dst: &str, dev: &str) -> Route {
@@ -64,6 +75,7 @@ pub fn sysctl(key: &str, value: &str) -> Step {
 pub fn set(name: &str, comments: bool) -> Step {
     Step::Set(Set {
         name: name.to_owned(),
+        family: Family::V4,
         comments,
     })
 }
@@ -71,7 +83,7 @@ pub fn set(name: &str, comments: bool) -> Step {
 pub fn member(set: &str, last: u8, comment: Option<&str>) -> Step {
     Step::Member(Member {
         set: set.to_owned(),
-        ip: Ipv4Addr::new(10, 244, 1, last),
+        ip: Ipv4Addr::new(10, 244, 1, last).into(),
         comment: comment.map(str::to_owned),
     })
 }
@@ -136,6 +148,7 @@ pub fn node() -> Plan {
             rule(100, 0x200, RuleAction::Goto(32766)),
             rule(101, 0x100, RuleAction::Lookup(101)),
             Step::Rule(Rule {
+                family: Family::V4,
                 priority: 103,
                 fwmark: None,
                 action: RuleAction::Lookup(100),
@@ -182,6 +195,48 @@ pub fn node() -> Plan {
                 Some(("FORWARD", Position::Last)),
             ),
             v6_chain(),
+            Step::Set(Set {
+                name: "pods6".to_owned(),
+                family: Family::V6,
+                comments: true,
+            }),
+            address("tunin", "fd00:126::1/126"),
+            rule6(100, 0x200, RuleAction::Goto(32766)),
+            rule6(101, 0x100, RuleAction::Lookup(101)),
+            Step::Route(Route {
+                src: Some("fd00:126::1".parse().unwrap()),
+                ..via(100, "fd00:10:244::5/128", "tunin", "fd00:126::2")
+            }),
+            Step::Route(via(101, "::/0", "tunin", "fd00:126::2")),
+            Step::Route(Route {
+                onlink: true,
+                ..via(102, "::/0", "eth0", "fd00:99::2")
+            }),
+            Step::Route(Route {
+                kind: RouteKind::Local,
+                scope: RouteScope::Host,
+                ..route(104, "::/0", "lo")
+            }),
+            sysctl("net/ipv6/conf/tunin/accept_ra", "0"),
+            Step::Chain(Chain {
+                family: Family::V6,
+                table: Table::Mangle,
+                name: "own-PRE".to_owned(),
+                rules: vec![
+                    "-p ipv6-icmp -m icmp6 --icmpv6-type 135 -j RETURN".to_owned(),
+                    "-p tcp -m set --match-set pods6 src -j MARK --set-xmark 0x100/0x100"
+                        .to_owned(),
+                ],
+                jump: Some(Jump {
+                    from: "PREROUTING".to_owned(),
+                    position: Position::First,
+                }),
+            }),
+            Step::Member(Member {
+                set: "pods6".to_owned(),
+                ip: "fd00:10:244::5".parse().unwrap(),
+                comment: Some("uid-1".to_owned()),
+            }),
             chain_rule(
                 Family::V4,
                 Table::Nat,
@@ -219,7 +274,7 @@ pub fn node_draining() -> Plan {
     });
     for step in &mut plan.steps {
         match step {
-            Step::Chain(c) if c.table == Table::Mangle => {
+            Step::Chain(c) if c.table == Table::Mangle && c.family == Family::V4 => {
                 c.rules = vec![
                     "-m mark --mark 0x200/0x200 -j RETURN".to_owned(),
                     "-p tcp -m set --match-set fresh src -j MARK --set-xmark 0x100/0x100"
@@ -230,7 +285,10 @@ pub fn node_draining() -> Plan {
             Step::Address(a) if a.dev == "tunout" => a.addr = "192.168.127.1/29".parse().unwrap(),
             Step::Rule(r) if r.priority == 100 => r.action = RuleAction::Goto(103),
             Step::Rule(r) if r.priority == 101 => r.action = RuleAction::Lookup(102),
-            Step::Route(r) if r.table == 102 => r.via = Some("10.9.0.3".parse().unwrap()),
+            Step::Route(r) if r.table == 102 && r.dst.addr().is_ipv4() => {
+                r.via = Some("10.9.0.3".parse().unwrap());
+            }
+            Step::Route(r) if r.table == 102 => r.via = Some("fd00:99::3".parse().unwrap()),
             Step::Sysctl(s) if s.key.contains("eth0") => s.value = "0".to_owned(),
             Step::Member(m) if m.comment.as_deref() == Some("uid-5") => {
                 m.comment = Some("uid-6".to_owned());

@@ -70,7 +70,7 @@ async fn commands_make_the_same(variant: Variant) {
     shell.sh("echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter");
     if variant == Variant::Nft {
         // Commands do not know which tables and base chains they caused.
-        shell.sh("nft delete table ip mangle && nft delete chain ip nat OUTPUT");
+        shell.sh("nft delete table ip mangle && nft delete table ip6 mangle && nft delete chain ip nat OUTPUT");
     }
     assert_eq!(shell.state().await, before);
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 
 use host_net::ipset::Ipset;
 use host_net::iptables::{Iptables, tables_in_use};
@@ -164,7 +165,7 @@ fn sets(here: &Netns) -> Result<Vec<KnownSet>, host_net::ipset::IpsetError> {
         let Some(header) = ipset.header(&name)? else {
             continue;
         };
-        let plain = header.is_ipv4_hash() && header.options.is_empty();
+        let plain = header.is_hash_of(Family::V4) && header.options.is_empty();
         let wanted = [PODS_SET, LIVE_PODS_SET, PROBES_SET].contains(&name.as_str());
         let members = match wanted && plain {
             true => ipset
@@ -176,7 +177,13 @@ fn sets(here: &Netns) -> Result<Vec<KnownSet>, host_net::ipset::IpsetError> {
             definition: header.definition(),
             plain,
             comments: header.comments,
-            members: members.into_iter().filter_map(|entry| entry.ip).collect(),
+            members: members
+                .into_iter()
+                .filter_map(|entry| match entry.ip? {
+                    IpAddr::V4(ip) => Some(ip),
+                    IpAddr::V6(_) => None,
+                })
+                .collect(),
             name,
         });
     }

@@ -94,6 +94,7 @@ pub(super) async fn run(here: &Netns, facts: &mut Facts) {
     let set = Ipset::open(&nowhere).and_then(|ipset| {
         ipset.create(&Set {
             name: NAME.to_owned(),
+            family: Family::V4,
             comments: true,
         })
     });
@@ -125,6 +126,7 @@ async fn try_devices(nowhere: &Netns, facts: &mut Facts) {
         tried(facts, feature, netlink.add_link(&link).await);
     }
     let rule = Rule {
+        family: Family::V4,
         priority: 100,
         fwmark: Some(MarkMatch {
             value: 0x100,

@@ -47,6 +47,7 @@ fn sysctl(value: &str) -> Step {
 fn set(name: &str) -> Step {
     Step::Set(Set {
         name: name.to_owned(),
+        family: Family::V4,
         comments: true,
     })
 }

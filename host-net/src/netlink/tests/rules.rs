@@ -77,21 +77,35 @@ async fn deleting_a_rule_never_takes_another_one() {
 #[tokio::test]
 async fn ipv6_rules_do_not_mix_with_ipv4_ones() {
     let stage = Stage::new().await;
-    let wanted = rule(101, Some((0x100, 0x100)), RuleAction::Lookup(101));
-    let made = stage.netlink.add_rule_in(Family::V6, &wanted).await;
+    let other = rule(101, Some((0x100, 0x100)), RuleAction::Lookup(101));
+    let wanted = Rule {
+        family: Family::V6,
+        ..other.clone()
+    };
+    let made = stage.netlink.add_rule(&wanted).await;
     assert_eq!(made.unwrap(), Made::Created);
-    assert!(!stage.netlink.has_rule(&wanted).await.unwrap());
+    assert!(!stage.netlink.has_rule(&other).await.unwrap());
+    let listed = stage.netlink.rules(Family::V6).await.unwrap();
+    assert!(listed.iter().any(|it| it.rule.as_ref() == Some(&wanted)));
     assert!(
         stage
             .ip("-6 rule")
             .contains("fwmark 0x100/0x100 lookup 101")
     );
-    assert!(!stage.netlink.del_rule(&wanted).await.unwrap());
-    assert!(
-        stage
-            .netlink
-            .del_rule_in(Family::V6, &wanted)
-            .await
-            .unwrap()
-    );
+    assert!(!stage.netlink.del_rule(&other).await.unwrap());
+    let jump = Rule {
+        family: Family::V6,
+        ..rule(100, Some((0x200, 0x200)), RuleAction::Goto(32766))
+    };
+    assert_eq!(stage.netlink.add_rule(&jump).await.unwrap(), Made::Created);
+    assert!(stage.ip("-6 rule").contains("goto 32766 proto 133"));
+    let elsewhere = Rule {
+        action: RuleAction::Goto(101),
+        ..jump.clone()
+    };
+    let error = stage.netlink.add_rule(&elsewhere).await.unwrap_err();
+    assert!(error.to_string().starts_with("IPv6 rule 100: "), "{error}");
+    for rule in [&wanted, &jump] {
+        assert!(stage.netlink.del_rule(rule).await.unwrap());
+    }
 }
