@@ -25,6 +25,7 @@ mod pods;
 pub mod removal;
 mod restore;
 pub mod running;
+mod strangers;
 mod subject;
 pub mod timings;
 pub mod verify;

@@ -16,6 +16,7 @@ mod machine;
 mod network;
 
 pub use facts::Facts;
+pub(crate) use filters::mesh_of;
 pub use findings::{Finding, Findings, Recommendation, Severity, recommended};
 
 /// Looks at facts: for each check what it found, or one finding that all is well.

@@ -2,6 +2,7 @@
 //!
 //! * [`apply`] moves a place from one plan to another, or leaves it as it was.
 //! * [`inspect`] says what of a plan is missing, different, out of order or foreign.
+//! * [`adopt`] takes over what a process before this one made, when its journal is lost.
 //! * [`remove`] takes a plan away and goes on after errors; [`undo`] does so from the journal alone.
 //!
 //! Changes in one namespace take turns; different namespaces go in parallel. Order: steps are made in the plan's order
@@ -18,6 +19,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::netns::NetnsId;
 use crate::plan::Step;
 
+mod adopt;
 mod apply;
 mod carrier;
 mod firewall;
@@ -31,6 +33,7 @@ mod tables;
 mod transition;
 mod whereabouts;
 
+pub use adopt::adopt;
 pub use apply::{Applied, ApplyError, apply};
 pub use inspect::{InspectError, inspect, inspect_among};
 pub use kernel::KernelError;

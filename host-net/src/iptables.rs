@@ -159,6 +159,51 @@ pub fn tables_in_use(netns: &Netns, family: Family) -> Result<Vec<TableInUse>, I
     Ok(found)
 }
 
+/// A chain that is not built in.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OwnChain {
+    /// Whose chain it is.
+    pub variant: Variant,
+    /// IPv4 or IPv6.
+    pub family: Family,
+    /// Name of its table.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl OwnChain {
+    /// Name of the program that shows and changes it.
+    pub fn program(&self) -> &'static str {
+        program(self.variant, self.family, Tool::Single)
+    }
+}
+
+/// The chains of the tables of iptables that are not built in, of both variants. Where only nf_tables is used no program
+/// is run: a few messages of the kernel's say it.
+pub fn own_chains(netns: &Netns, family: Family) -> Result<Vec<OwnChain>, IptablesError> {
+    let chain = |variant, table: &str, name: String| OwnChain {
+        variant,
+        family,
+        table: table.to_owned(),
+        name,
+    };
+    let mut chains = Vec::new();
+    for (table, name) in NfTables::open(netns, family)?.own_chains()? {
+        if TABLES.contains(&table.as_str()) {
+            chains.push(chain(Variant::Nft, &table, name));
+        }
+    }
+    for table in existing_tables(Variant::Legacy, netns, family)? {
+        let saved = save_with(Variant::Legacy, netns, family, &table)?;
+        let own = saved.chains.iter().map(|(name, _)| name);
+        let own = own.filter(|name| !saved.is_builtin(name));
+        chains.extend(own.map(|name| chain(Variant::Legacy, &table, name.clone())));
+    }
+    chains.sort();
+    Ok(chains)
+}
+
 /// Deletes those of these nft tables that exist and are trivial; returns the names of those deleted. A table that holds
 /// anything is left alone, also when somebody fills it at this very moment.
 pub fn delete_nft_tables(

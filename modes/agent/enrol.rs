@@ -128,6 +128,7 @@ impl Agent {
             return Err(failed(anyhow!("the plugin gave up waiting")));
         }
         self.make_room(&pod, deadline).await.map_err(failed)?;
+        self.refuse_strangers_in_pod(&pod).await.map_err(failed)?;
         let put = self.put_in_place(pod.clone(), deadline, caller).await;
         let times = match put {
             Ok(times) => times,

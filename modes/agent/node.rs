@@ -70,7 +70,9 @@ impl Agent {
     /// The probe exemption of the in-pod capture.
     pub(super) async fn make_inpod_host_objects(&self) -> anyhow::Result<()> {
         if self.config.mode.uses_inpod() {
-            self.converge(&self.host_place(), &inpod_redirect::plan::host())
+            let plan = inpod_redirect::plan::host();
+            self.refuse_strangers_on_node(&plan).await?;
+            self.converge(&self.host_place(), &plan)
                 .await
                 .context("probe exemption")?;
         }
@@ -90,6 +92,8 @@ impl Agent {
             self.config.dns_capture,
         )
         .await?;
+        let on_node = node_redirect::plan::host(&setup.host_facts, self.flow());
+        self.refuse_strangers_on_node(&on_node).await?;
         let proxy_place = Place {
             label: "proxy".to_owned(),
             netns: setup.proxy.clone(),
@@ -105,11 +109,7 @@ impl Agent {
         let before = self.node_setup();
         self.deafen(before.as_ref()).await;
         self.zds.take_node_pods_from_others(connection).await;
-        self.converge(
-            &self.host_place(),
-            &node_redirect::plan::host(&setup.host_facts, self.flow()),
-        )
-        .await?;
+        self.converge(&self.host_place(), &on_node).await?;
         tracing::info!(
             proxy = %setup.host_facts.proxy_ip,
             device = setup.host_facts.proxy_veth,

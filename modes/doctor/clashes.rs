@@ -165,19 +165,25 @@ pub(super) static CHECKS: [Check; 13] = [
     },
     Check {
         id: "node/set-clash",
-        title: "sets of the node capture are free, or fit",
+        title: "sets of the node capture are free, or ours",
         modes: NODE,
-        why: "a set of the same name and another kind cannot hold the captured pods",
+        why: "a set of another kind cannot hold the captured pods, and one of the same kind is another mesh's",
         fix: "remove its owner; by hand: ipset destroy OBJECT",
-        look: |facts| set_clash(facts, &[(PODS_SET, true), (LIVE_PODS_SET, false)]),
+        look: |facts| {
+            set_clash(
+                facts,
+                NODE_PLAN,
+                &[(PODS_SET, true), (LIVE_PODS_SET, false)],
+            )
+        },
     },
     Check {
         id: "inpod/set-clash",
-        title: "the set of the in-pod capture is free, or fits",
+        title: "the set of the in-pod capture is free, or ours",
         modes: INPOD,
-        why: "a set of the same name and another kind cannot hold the captured pods",
+        why: "a set of another kind cannot hold the captured pods, and one of the same kind is another mesh's",
         fix: "remove its owner; by hand: ipset destroy OBJECT",
-        look: |facts| set_clash(facts, &[(PROBES_SET, true)]),
+        look: |facts| set_clash(facts, INPOD_PLAN, &[(PROBES_SET, true)]),
     },
     Check {
         id: "host/agent-ports",
@@ -372,10 +378,22 @@ fn address_clash(facts: &Facts) -> Vec<Found> {
     found
 }
 
-fn set_clash(facts: &Facts, sets: &[(&str, bool)]) -> Vec<Found> {
+fn set_clash(facts: &Facts, plan: &str, sets: &[(&str, bool)]) -> Vec<Found> {
+    let unknown = facts.state.is_some() && !facts.made(plan);
     let wrong = |(name, comments): &(&str, bool)| {
         let set = facts.sets.iter().find(|set| set.name == *name)?;
-        (!set.plain || set.comments != *comments).then(|| Found::fail(*name, &set.definition))
+        if !set.plain || set.comments != *comments {
+            return Some(Found::fail(*name, &set.definition));
+        }
+        unknown.then(|| {
+            Found::fail(
+                *name,
+                format!(
+                    "looks like ours with {} entries, but was not made by the agent of this node",
+                    set.members.len()
+                ),
+            )
+        })
     };
     sets.iter().filter_map(wrong).collect()
 }

@@ -356,7 +356,7 @@ fn mark_clash(facts: &Facts) -> Vec<Found> {
 const AMBIENT: &str = "Istio ambient";
 
 /// Which mesh has chains or tables of such a name.
-pub(super) fn mesh_of(name: &str) -> Option<&'static str> {
+pub(crate) fn mesh_of(name: &str) -> Option<&'static str> {
     let sidecar = [
         "ISTIO_INBOUND",
         "ISTIO_REDIRECT",

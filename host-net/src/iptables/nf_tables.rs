@@ -143,6 +143,22 @@ impl<'a> NfTables<'a> {
             .map_err(|error| self.explain(ACTION, &error.into()))
     }
 
+    /// The chains that are not built in: table and name. Base chains of other programs are among them.
+    pub(super) fn own_chains(&self) -> Result<Vec<(String, String)>, IptablesError> {
+        const ACTION: &str = "list chains";
+        let read = |part: &Vec<u8>| -> Result<Option<(String, String)>, Malformed> {
+            let part = Attributes(part);
+            let name = part.require(CHAIN_NAME)?.text()?;
+            let table = part.require(CHAIN_TABLE)?.text()?;
+            Ok((!is_built_in(part, name)?).then(|| (table.to_owned(), name.to_owned())))
+        };
+        self.dump(GET_CHAIN, ACTION)?
+            .iter()
+            .filter_map(|part| read(part).transpose())
+            .collect::<Result<_, _>>()
+            .map_err(|error| self.explain(ACTION, &error.into()))
+    }
+
     /// Deletes a chain, unless rules have changed since `generation`.
     pub(super) fn delete_chain(
         &self,

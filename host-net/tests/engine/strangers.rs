@@ -1,7 +1,7 @@
 //! Objects that stood there before us: identical ones stay, others are refused.
 
 use host_net::commands::as_commands;
-use host_net::engine::{ApplyError, apply, remove};
+use host_net::engine::{ApplyError, adopt, apply, remove, undo};
 use host_net::iptables::Variant;
 use host_net::plan::{Plan, Step};
 
@@ -139,4 +139,36 @@ async fn an_entry_that_got_another_owner_since_is_left_to_it() {
         .await
         .unwrap();
     stage.sh("ipset list pods | grep -q '10.244.1.4 comment \"uid-next\"'");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_complete_can_be_taken_over_and_then_goes_with_an_undo() {
+    for variant in Variant::ALL {
+        let stage = Stage::new(variant);
+        let before = stage.state().await;
+        let mut plan = node();
+        plan.steps.retain(|step| !matches!(step, Step::Sysctl(_)));
+        stage.sh(&as_commands(&plan).join("\n"));
+        let made = stage.state().await;
+        let adopted = adopt(&stage.place, &plan, &stage.journal).await.unwrap();
+        assert!(adopted, "{variant}");
+        assert_eq!(stage.state().await, made, "nothing is touched");
+        let nothing = Plan::empty(&plan.name);
+        let applied = apply(&stage.place, &nothing, &plan, &stage.journal).await;
+        assert_eq!(applied.unwrap().made, []);
+        let errors = undo(&plan.name, Some(&stage.place.netns), &stage.journal).await;
+        assert!(errors.is_empty(), "{errors:?}");
+        assert_eq!(stage.state().await, before);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_complete_is_not_taken_over() {
+    let stage = Stage::new(Variant::Nft);
+    let plan = node();
+    stage.sh(&as_commands(&plan).join("\n"));
+    stage.sh("ip rule del pref 101");
+    let adopted = adopt(&stage.place, &plan, &stage.journal).await.unwrap();
+    assert!(!adopted);
+    assert_eq!(stage.journal.list().unwrap(), [""; 0]);
 }
