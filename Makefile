@@ -13,7 +13,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	python3-grpcio python3-cryptography python3-h2 python3-yaml python3-pip mandoc
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
-.PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve check clean-lab \
+.PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve flows check clean-lab \
 	kube-tools judges manifests image completions
 
 all: build
@@ -59,6 +59,10 @@ test-all: deps kube-tools judges
 
 test-geneve: deps
 	$(CARGO) test --test geneve
+
+# What becomes of every flow in every capture, as the document that says so: a run on this machine, with its commit.
+flows: deps
+	AMBIDEX_TEST_SUITE=all WRITE_FLOWS=$(CURDIR)/docs/flows.md $(CARGO) test --workspace --features kubernetes --test flow_matrix every_flow
 
 check: deps
 	$(CARGO) fmt --all --check

@@ -8,8 +8,8 @@
 //!            proxy1 ─┘  172.30.0.0/24  └─ proxy2
 //! ```
 //!
-//! Every box is a network namespace named `adx-<lab>-<box>`. Pods and proxies hang on their node by one veth each and
-//! one /32 host route, as the `ptp` CNI plugin wires them. Nothing here touches the kernel; [`crate::standing`] does.
+//! Every box is a network namespace named `adx-<lab>-<box>`. Pods and proxies hang on their node by one veth each, with a
+//! /32 host route or as a port of a bridge ([`network`]). Nothing here touches the kernel; [`crate::standing`] does.
 
 pub mod kube_proxy;
 pub mod network;
@@ -99,6 +99,8 @@ pub struct Node {
     pub address: Ipv4Addr,
     /// The address that its pods have as gateway, and that it has towards its pods (`HOST` of the node capture).
     pub pod_gateway: Ipv4Addr,
+    /// How its pods are connected to it.
+    pub cni: Cni,
     /// Prefix of its pods.
     pub pod_cidr: String,
     /// Its address on the link to the outside host.
@@ -253,6 +255,7 @@ fn node(spec: &LabSpec, index: u8, pods: u8, generations: &BTreeMap<String, u32>
         netns: netns_name(lab, &format!("node{index}")),
         address: Ipv4Addr::new(172, 30, 0, index),
         pod_gateway: Ipv4Addr::new(10, 244, index, 1),
+        cni: spec.cni,
         pod_cidr: format!("10.244.{index}.0/24"),
         outside_address: Ipv4Addr::new(172, 31, index, 1),
         outside_gateway: Ipv4Addr::new(172, 31, index, 2),

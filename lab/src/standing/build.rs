@@ -14,10 +14,12 @@ use nix::sys::signal::Signal;
 use super::process::{self, Process};
 use super::{Daemon, Lab, Progress, cgroup, congestion};
 use crate::topology::network::Attachment;
-use crate::topology::{Kind, Mode, Node, Pod};
+use crate::topology::{Cni, Kind, Mode, Node, Pod};
 
 /// Bound of one call of `ip`. User-Mode Linux needs a second for some.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
+/// Whether what a bridge switches meets the rules of iptables. Absent where the kernel has no br_netfilter.
+const BRIDGE_NETFILTER: &str = "net/bridge/bridge-nf-call-iptables";
 /// How long a killed pause process may take to go.
 pub(super) const GONE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -43,6 +45,14 @@ impl Lab {
                 "net/ipv4/ip_forward",
                 if forwards { "1" } else { "0" },
             )?;
+        }
+        if self.spec().cni == Cni::Bridge {
+            // As kubeadm's checks want it: without it, answers between pods of a node miss the DNAT of services.
+            for node in &topology.nodes {
+                if sysctl::read(&self.netns(&node.name)?, BRIDGE_NETFILTER).is_ok() {
+                    self.write_sysctl(&node.name, BRIDGE_NETFILTER, "1")?;
+                }
+            }
         }
         progress(&format!("lab {lab}: service and masquerade rules"));
         for node in &topology.nodes {
@@ -184,6 +194,7 @@ pub(super) fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
         netns: &pod.netns,
         ip: pod.ip,
         gateway: node.pod_gateway,
+        cni: node.cni,
     }
 }
 

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::Lab;
 use super::process::{self, Captured};
-use crate::topology::{Node, Pod};
+use crate::topology::network::BRIDGE;
+use crate::topology::{Cni, Node, Pod};
 
 /// The version of the CNI specification that the lab's runtime speaks.
 const CNI_VERSION: &str = "1.0.0";
@@ -105,10 +106,23 @@ fn netns_path(pod: &Pod) -> String {
 
 /// What the plugin that made the veth would have printed.
 fn previous_result(node: &Node, pod: &Pod) -> Value {
+    let mut interfaces = vec![
+        json!({"name": pod.veth}),
+        json!({"name": "eth0", "sandbox": netns_path(pod)}),
+    ];
+    let mut prefix = 32;
+    if node.cni == Cni::Bridge {
+        interfaces.insert(0, json!({"name": BRIDGE}));
+        prefix = 24;
+    }
     json!({
         "cniVersion": CNI_VERSION,
-        "interfaces": [{"name": pod.veth}, {"name": "eth0", "sandbox": netns_path(pod)}],
-        "ips": [{"interface": 1, "address": format!("{}/32", pod.ip), "gateway": node.pod_gateway}],
+        "interfaces": interfaces,
+        "ips": [{
+            "interface": interfaces.len() - 1,
+            "address": format!("{}/{prefix}", pod.ip),
+            "gateway": node.pod_gateway,
+        }],
         "routes": [{"dst": "0.0.0.0/0"}],
         "dns": {},
     })

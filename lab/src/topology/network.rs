@@ -1,14 +1,18 @@
 //! The lab's links, addresses and routes as input for `ip -batch`, one text per network namespace.
 //!
-//! A pod is wired as the `ptp` CNI plugin does it: the node's end of each veth has the gateway's address as a /32, the
-//! node has one /32 route per pod, the pod reaches its gateway on-link and everything else through it.
+//! A pod is wired as one of two CNI plugins does it. `ptp` ([`Cni::Routed`]): the node's end of each veth has the gateway's
+//! address as a /32, the node has one /32 route per pod, the pod reaches its gateway on-link and everything else through
+//! it. `bridge` ([`Cni::Bridge`], with `isDefaultGateway` and `hairpinMode`, as flannel has it written): the node's ends
+//! are ports of one bridge, which has the gateway's address, and pods of a node are each other's neighbours.
 
 use std::net::Ipv4Addr;
 
-use super::{Node, OUTSIDE, Topology};
+use super::{Cni, Node, OUTSIDE, Topology};
 
 /// MTU of the links between nodes and to the outside: that of an ordinary Ethernet.
 const MTU: u16 = 1500;
+/// The bridge of [`Cni::Bridge`]: the name that the plugin gives it where its configuration names none.
+pub const BRIDGE: &str = "cni0";
 
 /// One veth from a node to a pod or proxy.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +25,8 @@ pub struct Attachment<'a> {
     pub ip: Ipv4Addr,
     /// The node's address towards it.
     pub gateway: Ipv4Addr,
+    /// How it is wired.
+    pub cni: Cni,
 }
 
 impl Node {
@@ -31,12 +37,14 @@ impl Node {
             netns: &self.proxy_netns,
             ip: self.proxy_ip,
             gateway: self.pod_gateway,
+            cni: self.cni,
         };
         let pods = self.pods.iter().map(|pod| Attachment {
             veth: &pod.veth,
             netns: &pod.netns,
             ip: pod.ip,
             gateway: self.pod_gateway,
+            cni: self.cni,
         });
         std::iter::once(proxy).chain(pods).collect()
     }
@@ -50,7 +58,16 @@ impl Attachment<'_> {
             netns,
             ip,
             gateway,
+            cni,
         } = self;
+        if *cni == Cni::Bridge {
+            return format!(
+                "link add {veth} type veth peer name eth0 netns {netns}\n\
+                 link set {veth} master {BRIDGE}\n\
+                 link set {veth} type bridge_slave hairpin on\n\
+                 link set {veth} up\n"
+            );
+        }
         format!(
             "link add {veth} type veth peer name eth0 netns {netns}\n\
              address add {gateway}/32 dev {veth}\n\
@@ -61,7 +78,17 @@ impl Attachment<'_> {
 
     /// For `ip -batch` in the pod's or proxy's namespace, after [`Attachment::node_side`].
     pub fn pod_side(&self) -> String {
-        let Self { ip, gateway, .. } = self;
+        let Self {
+            ip, gateway, cni, ..
+        } = self;
+        if *cni == Cni::Bridge {
+            return format!(
+                "link set lo up\n\
+                 address add {ip}/24 dev eth0\n\
+                 link set eth0 up\n\
+                 route add default via {gateway} dev eth0\n"
+            );
+        }
         format!(
             "link set lo up\n\
              address add {ip}/32 dev eth0\n\
@@ -137,6 +164,14 @@ impl Topology {
                 pod_cidr, address, ..
             } = peer;
             batch.push_str(&format!("route add {pod_cidr} via {address} dev eth0\n"));
+        }
+        if node.cni == Cni::Bridge {
+            let gateway = node.pod_gateway;
+            batch.push_str(&format!(
+                "link add {BRIDGE} type bridge\n\
+                 address add {gateway}/24 dev {BRIDGE}\n\
+                 link set {BRIDGE} up\n"
+            ));
         }
         batch
     }

@@ -268,6 +268,8 @@ words! {
     "CNI" Cni {
         /// A veth and a /32 host route each.
         Routed = "routed",
+        /// A port each of one bridge.
+        Bridge = "bridge",
     }
 }
 
