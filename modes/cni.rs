@@ -11,7 +11,7 @@ mod fuzz;
 pub mod install;
 mod run;
 
-pub use config::{Captured, CniArgs, DNS_CAPTURE, NetConf, truth};
+pub use config::{Captured, CniArgs, DNS_CAPTURE, NetConf, POD_ANNOTATIONS, truth};
 pub use event::{Attachment, PodEvent, PodIp, ValidAttachments};
 pub use run::main;
 

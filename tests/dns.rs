@@ -14,7 +14,8 @@ use lab::standing::{Background, Daemon};
 use lab::topology::workloads::Service;
 use lab::topology::{LabSpec, OUTSIDE, SERVICE_VIP};
 use rstest::rstest;
-use runtime::{Sandbox, ambidex, diff_is_empty};
+use runtime::{Sandbox, ambidex, diff_is_empty, pods};
+use serde_json::{Value, json};
 
 /// Longest that a `dig` may take.
 const DIG_LIMIT: Duration = Duration::from_secs(30);
@@ -428,5 +429,76 @@ fn a_pod_has_its_own_word(#[case] agents: bool, #[case] variants: &[Variant]) {
                     .contains(&format!("dns-exempt {}", scene.ip(ITSELF)))
             );
         }
+    }
+}
+
+/// The element that the installer writes, as a runtime hands it to the plugin for a pod with these annotations: what it asks
+/// for by its capabilities, and nothing else of what the runtime could say.
+fn as_the_runtime_calls(scene: &Scene, sandbox: &Sandbox, annotations: &Value) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let (bin, conf) = (dir.path().join("bin"), dir.path().join("net.d"));
+    for dir in [&bin, &conf] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    let network = r#"{"name":"net","cniVersion":"1.0.0","plugins":[{"type":"ptp"}]}"#;
+    let file = conf.join("10-net.conflist");
+    std::fs::write(&file, network).unwrap();
+    let (bin, conf) = (bin.display(), conf.display());
+    let arguments = format!("cni install --bin-dir {bin} --conf-dir {conf}");
+    ambidex(&scene.lab, &arguments).with_code(0);
+    let list: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let mut element = list["plugins"][1].clone();
+    let capabilities = element.as_object_mut().unwrap().remove("capabilities");
+    let said = json!({"portMappings": [], "io.kubernetes.cri.pod-annotations": annotations});
+    let mut runtime_config = said.as_object().unwrap().clone();
+    runtime_config.retain(|key, _| {
+        capabilities
+            .as_ref()
+            .is_some_and(|asked| asked[key] == true)
+    });
+    element["runtimeConfig"] = runtime_config.into();
+    let config = sandbox.config(&scene.lab);
+    for key in ["cniVersion", "name", "prevResult"] {
+        element[key] = config[key].clone();
+    }
+    element
+}
+
+/// A pod's annotation gets from the runtime through the installed plugin to the agent, which plans for it and looks for the
+/// listener that belongs to it, whatever it captures of others.
+#[rstest]
+#[case::agent_captures(true)]
+#[case::agent_does_not(false)]
+fn an_annotation_comes_by_the_runtime(#[case] agents: bool) {
+    let mut spec = spec(Inpod);
+    if !agents {
+        spec.agent_args.retain(|flag| flag != "--dns-capture");
+    }
+    // Nobody listens for queries; so who is missed is who was expected.
+    let off = ("ISTIO_META_DNS_CAPTURE".to_owned(), "false".to_owned());
+    spec.daemon_env.extend([off]);
+    let scene = own(&spec);
+    let sandbox = Sandbox::of(&scene.lab, OTHER);
+    let missed = |pod: &str| {
+        let said = ambidex(&scene.lab, &format!("verify {pod}"));
+        let missed = said.stdout.contains("nobody listens on port 15053");
+        assert_eq!(said.code, if missed { 3 } else { 0 }, "{said:?}");
+        missed
+    };
+    for (annotation, own) in [(Some(!agents), !agents), (None, agents)] {
+        sandbox.del(&scene.lab);
+        let mut annotations = json!({"example.org/other": "x"});
+        if let Some(value) = annotation {
+            annotations["ambient.istio.io/dns-capture"] = value.to_string().into();
+        }
+        let call = as_the_runtime_calls(&scene, &sandbox, &annotations);
+        sandbox
+            .call_with("ADD", call.to_string().as_bytes())
+            .with_code(0);
+        let pods = pods(&scene.lab);
+        let pod = pods.iter().find(|pod| pod["uid"] == sandbox.uid.as_str());
+        assert_eq!(pod.unwrap()["dns_capture"], json!(annotation));
+        assert_eq!(missed("beta/pod1-2"), own, "{annotation:?}");
+        assert_eq!(missed("alpha/pod1-1"), agents);
     }
 }

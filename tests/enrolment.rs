@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::{Scene, eventually, own};
@@ -240,6 +240,36 @@ fn counted(scene: &Scene) -> (u64, u64) {
     (number("outside"), number("through"))
 }
 
+/// Connections of the subject outside the mesh, as an operator and a scraper are told.
+fn told_outside(scene: &Scene) -> (Option<u64>, String, String) {
+    let lab = &scene.lab;
+    let uid = scene.pod(SUBJECT).uid;
+    let pods = pods(lab);
+    let of_pod = pods.iter().find(|pod| pod["uid"] == uid.as_str());
+    let json = of_pod.and_then(|pod| pod["outside"].as_u64());
+    let wide = ambidex(lab, "get pods -o wide").with_code(0);
+    let words = |line: &str| {
+        let words = line
+            .split("  ")
+            .map(str::trim)
+            .filter(|word| !word.is_empty());
+        words.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let mut lines = wide.lines().map(words);
+    let header = lines.next().unwrap();
+    let column = header.iter().position(|word| word == "OUTSIDE").unwrap();
+    let row = lines.find(|row| row.contains(&uid)).unwrap();
+    let url = "http://127.0.0.1:15014/metrics";
+    let argv = ["curl", "--silent", "--fail", url];
+    let page = lab.run("node1", &argv, PATIENCE).unwrap().stdout;
+    let mode = of_pod.unwrap()["mode"].as_str().unwrap();
+    let namespace = scene.pod(SUBJECT).namespace;
+    let labels = format!("namespace=\"{namespace}\",pod=\"{SUBJECT}\",capture_mode=\"{mode}\"");
+    let series = format!("ambidex_outside_connections{{{labels}}} ");
+    let value = page.lines().find_map(|line| line.strip_prefix(&series));
+    (json, row[column].clone(), value.unwrap_or(&page).to_owned())
+}
+
 fn state(scene: &Scene) -> Option<String> {
     state_of(&scene.lab, &scene.pod(SUBJECT).uid)
 }
@@ -265,6 +295,17 @@ fn connections_of_a_running_pod_go_on(#[values(NodeHybrid, NodeTunnel, Inpod)] v
     );
     assert_alive("enrolled", &before);
     assert_eq!(counted(&scene), (each, 0));
+    // A probe of the node's is none of them.
+    let node = scene.node_of(SUBJECT);
+    let probe = Talk::open(
+        &scene,
+        &format!("node{node}"),
+        (scene.ip(SUBJECT), PORT).into(),
+        true,
+    );
+    let told = (Some(each), each.to_string(), each.to_string());
+    assert_eq!(told_outside(&scene), told);
+    drop(probe);
     let captured = open_both_ways(&scene, &["plain2", "pod2-1"]);
     assert_eq!(counted(&scene), (each, each), "new ones are captured");
 
@@ -342,6 +383,74 @@ fn draining_ends(
         captured.iter().all(|talk| talk.broken().is_some())
     });
     assert_alive("older than the capture", &before);
+}
+
+/// An agent that is killed while it lets a pod go, at any step, is followed by one that goes on from there: the pod is still
+/// captured, or drains, and no connection notices. The last step is the one between the record and whatever follows it.
+#[rstest]
+fn killed_while_it_lets_a_pod_go(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    const MOMENTS: [u64; 5] = [0, 6, 15, 40, 120];
+    let scene = own(&variant.spec());
+    let lab = &scene.lab;
+    let places = [SUBJECT, "node1", "proxy1"];
+    lab.del_pod(SUBJECT).unwrap();
+    let apart = dumps(lab, &places);
+    let _servers = ["pod2-1", "plain2", SUBJECT].map(|target| Echo::start(&scene, target));
+    let uid = scene.pod(SUBJECT).uid;
+    let namespace = scene.pod(SUBJECT).namespace;
+    let both_ways = |peer| {
+        [(SUBJECT, peer), (peer, SUBJECT)]
+            .map(|(from, to)| Talk::open(&scene, from, (scene.ip(to), PORT).into(), false))
+    };
+    let mut captured = Vec::new();
+    let mut ends = [0, 0];
+    for moment in MOMENTS.map(Some).into_iter().chain([None]) {
+        enrol(&scene);
+        captured.extend(both_ways("pod2-1"));
+        match moment.map(Duration::from_millis) {
+            Some(moment) => std::thread::scope(|scope| {
+                let arguments = format!("unenrol {namespace}/{SUBJECT} --drain 10m");
+                scope.spawn(move || ambidex(lab, &arguments));
+                std::thread::sleep(moment);
+                lab.kill(1, Daemon::Agent).unwrap();
+            }),
+            None => {
+                lab.kill(1, Daemon::Agent).unwrap();
+                let file = lab.state_dir(1).join(format!("pods/{uid}.json"));
+                let mut stored: Value =
+                    serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+                stored["pod"]["state"] = "draining".into();
+                let until = SystemTime::now() + Duration::from_secs(600);
+                let until = until.duration_since(UNIX_EPOCH).unwrap().as_secs();
+                stored["pod"]["drains_until"] = until.into();
+                std::fs::write(&file, stored.to_string()).unwrap();
+            }
+        }
+        start_agent(lab);
+        match (state(&scene).as_deref(), moment) {
+            (Some("captured"), Some(_)) => ends[0] += 1,
+            (Some("draining"), _) => ends[1] += 1,
+            other => panic!("{other:?}"),
+        }
+        runtime::diff_is_empty(lab, &format!("{namespace}/{SUBJECT}"));
+        assert_alive(&format!("killed after {moment:?}"), &captured);
+    }
+    eprintln!("captured {}, draining {}", ends[0], ends[1]);
+    let outside = counted(&scene).0;
+    let new = both_ways("plain2");
+    assert_eq!(counted(&scene).0, outside + 2, "nothing new is captured");
+    // A proxy that was not told that it may take its time would have cut them by then.
+    std::thread::sleep(Duration::from_secs(6));
+    assert_alive("some time later", &captured);
+    eventually("the proxy lets it go", PATIENCE, || {
+        ambidex(lab, &format!("verify {namespace}/{SUBJECT}")).code == 0
+    });
+    drop(captured);
+    eventually("nothing is left of the capture", PATIENCE, || {
+        state(&scene).is_none()
+    });
+    assert_same("drained", &apart, &dumps(lab, &places));
+    assert_alive("nobody cares any more", &new);
 }
 
 /// A namespace that has come to the path of a captured pod's, and has the pod's address, is the pod's: it is captured there.

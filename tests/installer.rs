@@ -123,7 +123,7 @@ fn it_goes_behind_the_plugins_of_the_first_valid_network_and_out_again() {
     assert_eq!(
         list["plugins"][2],
         json!({
-            "type": "ambidex-cni", "cni_agent_run_dir": "/run/of-this-node", "ambient_enabled": true,
+            "type": "ambidex-cni", "capabilities": {"io.kubernetes.cri.pod-annotations": true}, "cni_agent_run_dir": "/run/of-this-node", "ambient_enabled": true,
             "exclude_namespaces": ["kube-system"], "pod_namespace": "mesh",
         })
     );

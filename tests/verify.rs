@@ -4,6 +4,8 @@
 mod harness;
 mod runtime;
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -79,65 +81,110 @@ fn each_object_that_is_taken_away_is_named(#[case] mode: Mode, #[case] flow: Nod
     assert_eq!(code, 0, "{all:#?}");
     assert_eq!(all.len(), 3, "the node and two pods: {all:#?}");
     assert!(all.iter().all(Verified::is_effective));
+    for what in ["--node", "alpha/pod1-1"] {
+        each_is_named(lab, what);
+    }
+}
+
+/// Takes each object of a subject's plans away by itself, and puts it back.
+fn each_is_named(lab: &Lab, what: &str) {
     let dir = tempfile::tempdir().unwrap();
     let journal = Journal::open(dir.path()).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    for what in ["--node", "alpha/pod1-1"] {
-        for (target, step) in objects(lab, what) {
-            let place = Place {
-                label: target.clone(),
-                netns: lab.netns(&target).unwrap(),
-            };
-            let alone = Plan {
-                name: "damage".to_owned(),
-                steps: vec![step.clone()],
-            };
-            let broken = match &step {
-                // Its value, not itself.
-                Step::Sysctl(sysctl) => {
-                    let path = format!("/proc/sys/{}", sysctl.key);
-                    let before = place
-                        .netns
-                        .run(|| std::fs::read_to_string(&path))
-                        .unwrap()
-                        .unwrap();
-                    place
-                        .netns
-                        .run(|| std::fs::write(&path, "1"))
-                        .unwrap()
-                        .unwrap();
-                    Some((path, before))
-                }
-                _ => {
-                    let errors = runtime.block_on(engine::remove(&place, &alone, &journal));
-                    // What others stand in or lead to does not go away alone.
-                    if matches!(step, Step::Set(_) | Step::Chain(_)) && !errors.is_empty() {
-                        journal.forget("damage").unwrap();
-                        continue;
-                    }
-                    assert!(errors.is_empty(), "{step}: {errors:?}");
-                    None
-                }
-            };
-            let (code, all) = verified(lab, what);
-            let found = findings(&all, Aspect::Objects);
-            assert!(
-                code == 3 && found.contains(&step.to_string()),
-                "{what}: {step} is gone from {target}, and verify says {code}: {found}"
-            );
-            match broken {
-                Some((path, before)) => place
+    for (target, step) in objects(lab, what) {
+        let place = Place {
+            label: target.clone(),
+            netns: lab.netns(&target).unwrap(),
+        };
+        let alone = Plan {
+            name: "damage".to_owned(),
+            steps: vec![step.clone()],
+        };
+        let broken = match &step {
+            // Its value, not itself.
+            Step::Sysctl(sysctl) => {
+                let path = format!("/proc/sys/{}", sysctl.key);
+                let before = place
                     .netns
-                    .run(|| std::fs::write(&path, before))
+                    .run(|| std::fs::read_to_string(&path))
                     .unwrap()
-                    .unwrap(),
-                None => engine_makes(&runtime, &place, &alone, &journal),
+                    .unwrap();
+                place
+                    .netns
+                    .run(|| std::fs::write(&path, "1"))
+                    .unwrap()
+                    .unwrap();
+                Some((path, before))
             }
+            _ => {
+                let errors = runtime.block_on(engine::remove(&place, &alone, &journal));
+                // What others stand in or lead to does not go away alone.
+                if matches!(step, Step::Set(_) | Step::Chain(_)) && !errors.is_empty() {
+                    journal.forget("damage").unwrap();
+                    continue;
+                }
+                assert!(errors.is_empty(), "{step}: {errors:?}");
+                None
+            }
+        };
+        let (code, all) = verified(lab, what);
+        let found = findings(&all, Aspect::Objects);
+        assert!(
+            code == 3 && found.contains(&step.to_string()),
+            "{what}: {step} is gone from {target}, and verify says {code}: {found}"
+        );
+        match broken {
+            Some((path, before)) => place
+                .netns
+                .run(|| std::fs::write(&path, before))
+                .unwrap()
+                .unwrap(),
+            None => engine_makes(&runtime, &place, &alone, &journal),
         }
     }
+}
+
+/// A pod that drains is no fault: what its connections need is looked at, and each of that is named when it is gone.
+#[rstest]
+fn what_a_pod_that_drains_needs_is_looked_at(#[values(Mode::Node, Mode::Inpod)] mode: Mode) {
+    const POD: &str = "alpha/pod1-1";
+    let scene = own(&harness::spec(mode));
+    let lab = &scene.lab;
+    let to = (scene.ip("pod2-1"), 8098);
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "applications of a test, no part of the proxy"
+    )]
+    let (listener, connect) = (TcpListener::bind, TcpStream::connect);
+    let server = lab.netns("pod2-1").unwrap();
+    let server = server.run(|| listener(to)).unwrap().unwrap();
+    let client = lab.netns("pod1-1").unwrap();
+    let mut client = client.run(|| connect(to)).unwrap().unwrap();
+    let (mut server, _) = server.accept().unwrap();
+    ambidex(lab, &format!("unenrol {POD} --drain 10m")).with_code(0);
+
+    let (code, all) = verified(lab, "");
+    assert_eq!(code, 0, "{all:#?}");
+    let one = all.iter().find(|one| one.subject == POD).unwrap();
+    assert!(one.drains() && one.is_effective(), "{one:#?}");
+    let asked = |aspect| one.checks.iter().any(|check| check.aspect == aspect);
+    assert!(asked(Aspect::Objects) && !asked(Aspect::Probe), "{one:#?}");
+    let text = ambidex(lab, "verify").with_code(0);
+    assert!(text.contains(&format!("; draining: {POD}")), "{text}");
+    each_is_named(lab, POD);
+    let (code, all) = verified(lab, POD);
+    assert_eq!(code, 0, "{all:#?}");
+
+    // All the while its connection goes on; with it the pod goes.
+    client.write_all(b"x").unwrap();
+    server.read_exact(&mut [0]).unwrap();
+    drop((client, server));
+    harness::eventually("nothing is left to look at", MENDED_WITHIN, || {
+        verified(lab, "").1.len() == 2
+    });
 }
 
 /// What is no object: a listener, the proxy, the namespace, and the way as a whole.

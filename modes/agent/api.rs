@@ -3,7 +3,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /healthz` | 200 when a pod could be captured: a proxy has its snapshot, the node's own objects stand; else 503 and why |
-//! | `GET /v1/pods` | every pod of this node |
+//! | `GET /v1/pods` | every pod of this node; with `?connections` also how many of its connections are outside the mesh |
 //! | `GET /v1/enrolments` | how long the steps of the last enrolments took |
 //! | `GET /v1/plan?pod=P` or `?node` | the plans with their places |
 //! | `GET /v1/diff?pod=P` or `?node` | what the kernel lacks or has too much |
@@ -44,6 +44,10 @@ pub struct ShownPod {
     /// Why and where its traffic is stopped, of a pod whose capture cannot be put back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<String>,
+    /// Connections that go on beside the capture because they are older (of a pod that drains: or younger) than it. Only
+    /// where it was asked for, and the pod can be looked into.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside: Option<usize>,
 }
 
 /// What differs in one place.
@@ -116,9 +120,9 @@ pub async fn answer(
             Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
             Err(why) => Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
         },
-        (Method::GET, "/v1/pods") => Answer::json(&shown(&agent)),
+        (Method::GET, "/v1/pods") => Answer::json(&shown(&agent, query == "connections")),
         (Method::GET, "/v1/enrolments") => Answer::json(&agent.timings.all()),
-        (Method::GET, "/v1/connections") => Answer::json(&agent.connections_of_all()),
+        (Method::GET, "/v1/connections") => Answer::json(&agent.connections_of_all(|_| true)),
         (Method::POST, "/v1/enrol") => running::enrol(&agent, &body, &caller).await,
         (Method::POST, "/v1/unenrol") => running::unenrol(&agent, query).await,
         (Method::GET, "/v1/effects") => Answer::json(&agent.effects.all()),
@@ -141,9 +145,13 @@ pub async fn answer(
     }
 }
 
-fn shown(agent: &Agent) -> Vec<ShownPod> {
+fn shown(agent: &Agent, connections: bool) -> Vec<ShownPod> {
     let shown = |pod: Pod| ShownPod {
         closed: agent.closings.finding(&pod.uid),
+        outside: connections
+            .then(|| agent.connections_of(&pod).ok())
+            .flatten()
+            .map(|counted| counted.outside),
         pod,
     };
     agent.pods.all().into_iter().map(shown).collect()

@@ -7,12 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
+use host_net::netns::Netns;
 use host_net::sockets::{Connection, connections};
-use inpod_redirect::facts::MARK_PROXY;
+use inpod_redirect::facts::{MARK_PROXY, PROBE_ADDRESS};
+use nix::sys::socket::SockaddrStorage;
 use serde::{Deserialize, Serialize};
 use shared_proxy::capture::{DNS_PORT, OUTBOUND_PORT};
 use tokio::time::{sleep, timeout};
@@ -31,9 +33,11 @@ const RESETS_WITHIN: Duration = Duration::from_secs(1);
 pub struct PodConnections {
     /// UID of the pod.
     pub uid: String,
-    /// Those that do not go through the proxy: they began before the pod was captured or after that ended, or come from the
-    /// node itself.
+    /// Those that do not go through the proxy: they began before the pod was captured, or after that ended.
     pub outside: usize,
+    /// Those with the node itself, its probes above all, which no capture takes.
+    #[serde(default)]
+    pub node: usize,
     /// Those that go through the proxy.
     pub through: usize,
     /// Those by IPv6: a captured pod has none, so they were cut.
@@ -52,14 +56,19 @@ pub struct LettingGo {
     pub seconds: u64,
 }
 
-/// The proxy's ends of the connections that are waited for, by UID of the pod.
+/// What is waited for.
 #[derive(Debug, Default)]
-pub(super) struct Awaited(Mutex<BTreeMap<String, BTreeSet<Connection>>>);
+pub(super) struct Awaited {
+    /// The proxy's ends of connections that are to end, by UID of the pod.
+    ends: Mutex<BTreeMap<String, BTreeSet<Connection>>>,
+    /// UIDs of pods of which the proxy may not have heard that they drain.
+    untold: Mutex<BTreeSet<String>>,
+}
 
 impl Awaited {
     /// How many are left of those that were there at the first look: what begins later is another pod's.
     fn left(&self, uid: &str, present: BTreeSet<Connection>) -> usize {
-        let mut awaited = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut awaited = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         match awaited.get_mut(uid) {
             Some(left) => {
                 left.retain(|end| present.contains(end));
@@ -74,8 +83,13 @@ impl Awaited {
     }
 
     fn forget(&self, uid: &str) {
-        let mut awaited = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut awaited = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         awaited.remove(uid);
+        self.untold().remove(uid);
+    }
+
+    fn untold(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,17 +116,7 @@ impl Agent {
         self.awaited.forget(&pod.uid);
         self.pods.put(pod.clone())?;
         self.make_redirect(&pod).await?;
-        // The proxy first takes what waits in its queues, then no more.
-        match timeout(CONFIRM_WITHIN, self.zds.del(&pod.uid, within)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod drains");
-            }
-            Err(_) => tracing::warn!(
-                pod = name,
-                "the proxy did not confirm within {CONFIRM_WITHIN:?} that a pod drains"
-            ),
-        }
+        self.tell_that_it_drains(&pod, within).await;
         let ends = self.proxy_ends(&pod)?;
         self.awaited.left(&pod.uid, ends.into_iter().collect());
         let through = self.connections_of(&pod).map_or(0, |all| all.through);
@@ -127,6 +131,50 @@ impl Agent {
             through,
             seconds: within.as_secs(),
         })
+    }
+
+    /// The proxy first takes what waits in its queues, then no more. One that does not hear of it is to keep the pod until
+    /// it does: from a pod that nobody names any more it would soon cut what goes on.
+    async fn tell_that_it_drains(&self, pod: &Pod, within: Duration) {
+        let name = pod.qualified_name();
+        match timeout(CONFIRM_WITHIN, self.zds.del(&pod.uid, within)).await {
+            Ok(Ok(())) => {
+                self.awaited.untold().remove(&pod.uid);
+                return;
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod drains");
+            }
+            Err(_) => tracing::warn!(
+                pod = name,
+                "the proxy did not confirm within {CONFIRM_WITHIN:?} that a pod drains"
+            ),
+        }
+        self.tell_later_that_it_drains(&pod.uid);
+    }
+
+    /// Has a proxy that connects keep a pod that drains, and hear of that.
+    pub(super) fn tell_later_that_it_drains(&self, uid: &str) {
+        self.zds.expect(uid);
+        self.awaited.untold().insert(uid.to_owned());
+    }
+
+    async fn tell_of_drains(&self) {
+        if !self.status().proxy_ready {
+            return;
+        }
+        let untold = self.awaited.untold().clone();
+        for uid in untold {
+            let _alone = self.busy.lock(&uid).await;
+            let pod = self.pods.get(&uid);
+            match pod.filter(|pod| pod.state == PodState::Draining) {
+                Some(pod) => {
+                    let within = self.drain_time(Some(&pod));
+                    self.tell_that_it_drains(&pod, within).await;
+                }
+                None => drop(self.awaited.untold().remove(&uid)),
+            }
+        }
     }
 
     /// How long a pod may drain: as long as was said before, or else the agent's own time.
@@ -157,6 +205,7 @@ impl Agent {
     pub(super) async fn attend_drains(&self) {
         loop {
             sleep(LOOKS_EVERY).await;
+            self.tell_of_drains().await;
             let drains = |pod: &Pod| pod.state == PodState::Draining;
             for pod in self.pods.all().into_iter().filter(drains) {
                 if let Err(error) = self.end_if_drained(&pod).await {
@@ -198,11 +247,10 @@ impl Agent {
         Ok(())
     }
 
-    /// The open connections of every pod that can be looked into.
-    pub(super) fn connections_of_all(&self) -> Vec<PodConnections> {
-        let pods = self.pods.all();
-        pods.iter()
-            .filter_map(|pod| self.connections_of(pod).ok())
+    /// The open connections of those pods that `wanted` means and that can be looked into.
+    pub(super) fn connections_of_all(&self, wanted: impl Fn(&Pod) -> bool) -> Vec<PodConnections> {
+        let pods = self.pods.all().into_iter().filter(wanted);
+        pods.filter_map(|pod| self.connections_of(&pod).ok())
             .collect()
     }
 
@@ -210,7 +258,12 @@ impl Agent {
     pub(super) fn connections_of(&self, pod: &Pod) -> anyhow::Result<PodConnections> {
         let in_pod = connections(&pod.open_netns()?)?;
         let proxys = self.proxy_ends(pod)?;
-        Ok(count(pod, &in_pod, &proxys))
+        let nodes = match pod.mode {
+            // What the node says to a captured pod comes from here; what it said before is older than the capture.
+            Capture::Inpod => BTreeSet::from([IpAddr::from(PROBE_ADDRESS)]),
+            Capture::Node => addresses_of(&self.host)?,
+        };
+        Ok(count(pod, &nodes, &in_pod, &proxys))
     }
 
     /// The proxy's sockets that speak with the pod, or for it.
@@ -233,13 +286,33 @@ impl Agent {
     }
 }
 
+/// All addresses in a namespace.
+fn addresses_of(netns: &Netns) -> anyhow::Result<BTreeSet<IpAddr>> {
+    let found = netns.run(|| {
+        let interfaces = nix::ifaddrs::getifaddrs()?;
+        let ips = interfaces.filter_map(|interface| ip(&interface.address?));
+        Ok::<_, nix::Error>(ips.collect())
+    });
+    Ok(found??)
+}
+
+fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|at| IpAddr::from(at.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|at| IpAddr::from(at.ip())))
+}
+
 fn is_proxys(end: &Connection) -> bool {
     end.mark & MARK_PROXY.mask == MARK_PROXY.value
 }
 
 /// An application's connection goes through the proxy if the proxy has a socket that speaks with it: with the address of
 /// its peer, or, for redirected ones, from one of the ports that they are redirected to.
-fn count(pod: &Pod, in_pod: &[Connection], proxys: &[Connection]) -> PodConnections {
+fn count(
+    pod: &Pod,
+    nodes: &BTreeSet<IpAddr>,
+    in_pod: &[Connection],
+    proxys: &[Connection],
+) -> PodConnections {
     let peers: BTreeSet<(SocketAddr, SocketAddr)> =
         proxys.iter().map(|end| (end.peer, end.local)).collect();
     // Two connections to different servers may have one port, and only one of them may have been redirected.
@@ -265,6 +338,8 @@ fn count(pod: &Pod, in_pod: &[Connection], proxys: &[Connection]) -> PodConnecti
             counted.through += 1;
         } else if within(end.peer.ip()) {
             continue;
+        } else if nodes.contains(&end.peer.ip()) {
+            counted.node += 1;
         } else if end.peer.is_ipv6() && pod.state != PodState::Draining {
             counted.cut += 1;
         } else {

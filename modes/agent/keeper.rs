@@ -243,7 +243,6 @@ impl Agent {
             true => self.node_listeners(),
             false => Vec::new(),
         };
-        let ports = self.pod_ports();
         for (pod, netns) in pods.iter().zip(namespaces) {
             let mut wrong = verify::proxy_findings(pod, &told);
             match (netns, pod.mode) {
@@ -254,7 +253,7 @@ impl Agent {
                 (Ok(_), Capture::Node) => wrong.extend(node_listeners.iter().cloned()),
                 (Ok(netns), Capture::Inpod) => {
                     if let Some(kept) = memory.places.get_mut(&netns.id()) {
-                        wrong.extend(kept.lacking_listeners(&ports));
+                        wrong.extend(kept.lacking_listeners(&self.pod_ports(pod)));
                     }
                 }
             }

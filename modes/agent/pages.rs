@@ -25,7 +25,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use super::Agent;
+use super::{Agent, Pod, PodState};
 use crate::unix_http::{self, Answer};
 
 /// Lines of one delivery that are logged; what a plugin has to say about one pod is a few.
@@ -207,6 +207,25 @@ fn metrics(agent: &Agent, request: &Request<Incoming>) -> (StatusCode, String) {
                     pod.namespace, pod.name, pod.mode
                 );
                 Some((labels, u64::from(wrong.is_empty())))
+            })
+            .collect(),
+    );
+    // Only a pod that was running when it was enrolled, or that drains, has any. Asked of the kernel at this moment.
+    let known = |pod: &Pod| pod.live || pod.state == PodState::Draining;
+    let outside = agent.connections_of_all(known);
+    series(
+        "ambidex_outside_connections",
+        "gauge",
+        "Open connections of a pod that go beside its capture because they are older.",
+        outside
+            .iter()
+            .filter_map(|counted| {
+                let pod = agent.pods.get(&counted.uid)?;
+                let labels = format!(
+                    "{{namespace=\"{}\",pod=\"{}\",capture_mode=\"{}\"}}",
+                    pod.namespace, pod.name, pod.mode
+                );
+                Some((labels, counted.outside as u64))
             })
             .collect(),
     );

@@ -29,9 +29,15 @@ impl Agent {
                 Capture::Node => self.config.mode.uses_node(),
                 Capture::Inpod => self.config.mode.uses_inpod(),
             };
-            // What could not be taken away stays on the list, without listeners.
-            if pod.state != PodState::Captured {
-                continue;
+            match pod.state {
+                PodState::Captured => {}
+                // The proxy may not have heard of it.
+                PodState::Draining => {
+                    self.tell_later_that_it_drains(&pod.uid);
+                    continue;
+                }
+                // What could not be taken away stays on the list, without listeners.
+                PodState::Pending | PodState::Leaving => continue,
             }
             anyhow::ensure!(
                 possible,

@@ -82,6 +82,9 @@ pub struct Verified {
     pub uid: Option<String>,
     /// How the pod is captured.
     pub mode: Option<Capture>,
+    /// How far its capture is: of one that drains, only what its open connections need is looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<PodState>,
     /// In the order in which they were made.
     pub checks: Vec<Check>,
 }
@@ -90,6 +93,11 @@ impl Verified {
     /// Whether nothing is wrong.
     pub fn is_effective(&self) -> bool {
         self.checks.iter().all(|check| check.findings.is_empty())
+    }
+
+    /// Whether it is a pod that leaves the mesh, and whose connections go on.
+    pub fn drains(&self) -> bool {
+        self.state == Some(PodState::Draining)
     }
 }
 
@@ -141,6 +149,7 @@ impl Agent {
             subject: "node".to_owned(),
             uid: None,
             mode: None,
+            state: None,
             checks,
         }
     }
@@ -153,9 +162,12 @@ impl Agent {
         note(Aspect::Namespace, namespace_findings(pod, &netns).await);
         let objects = self.objects(&Subject::Pod(pod.uid.clone())).await;
         note(objects.aspect, objects.findings);
-        if let Ok(netns) = &netns {
+        // Of a pod that drains nothing is to be taken any more: nobody has to listen, and no probe would be answered.
+        let drains = pod.state == PodState::Draining;
+        let taken = netns.as_ref().ok().filter(|_| !drains);
+        if let Some(netns) = taken {
             let listeners = match pod.mode {
-                Capture::Inpod => missing_listeners(netns, &self.pod_ports(), POD_PLACE),
+                Capture::Inpod => missing_listeners(netns, &self.pod_ports(pod), POD_PLACE),
                 Capture::Node => self.node_listeners(),
             };
             note(Aspect::Listeners, listeners);
@@ -164,7 +176,7 @@ impl Agent {
         if let Some(closed) = self.closings.finding(&pod.uid) {
             note(Aspect::Open, vec![closed]);
         }
-        if let Ok(netns) = &netns {
+        if let Some(netns) = taken {
             let trouble = live::probe(pod, netns).await.err();
             note(
                 Aspect::Probe,
@@ -175,6 +187,7 @@ impl Agent {
             subject: pod.qualified_name(),
             uid: Some(pod.uid.clone()),
             mode: Some(pod.mode),
+            state: Some(pod.state),
             checks,
         }
     }
@@ -197,13 +210,10 @@ impl Agent {
         }
     }
 
-    /// Ports of the proxy in the namespace of a pod that is captured there.
-    pub(super) fn pod_ports(&self) -> Vec<u16> {
-        let mut ports = vec![OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT];
-        if self.config.dns_capture {
-            ports.push(DNS_PORT);
-        }
-        ports
+    /// Ports of the proxy in the namespace of a pod that is captured there: that for DNS by the pod's own word, where it has
+    /// one.
+    pub(super) fn pod_ports(&self, pod: &Pod) -> Vec<u16> {
+        ports(pod.dns_capture.unwrap_or(self.config.dns_capture))
     }
 
     /// Ports of the proxy in its own namespace that nobody listens on.
@@ -211,7 +221,7 @@ impl Agent {
         let Some(setup) = self.node_setup() else {
             return vec!["no proxy has connected since the agent started".to_owned()];
         };
-        let mut wanted = self.pod_ports();
+        let mut wanted = ports(self.config.dns_capture);
         if self.config.variant.same_node == SameNode::Hbone {
             wanted.push(SAME_NODE_HBONE_PORT);
         }
@@ -246,7 +256,7 @@ pub(super) async fn namespace_findings(pod: &Pod, netns: &std::io::Result<Netns>
 
 /// What is wrong with the proxy's idea of a pod.
 pub(super) fn proxy_findings(pod: &Pod, told: &Told) -> Vec<String> {
-    if pod.state != PodState::Captured {
+    if !matches!(pod.state, PodState::Captured | PodState::Draining) {
         return vec![format!("the pod is {}", pod.state)];
     }
     let found = match told {
@@ -254,10 +264,20 @@ pub(super) fn proxy_findings(pod: &Pod, told: &Told) -> Vec<String> {
         Err(error) => return vec![error.clone()],
     };
     match found {
+        None if pod.state == PodState::Draining => Vec::new(),
+        Some(_) if pod.state == PodState::Draining => {
+            vec!["the proxy has not been told that the pod drains".to_owned()]
+        }
         Some(workload) if workload.up => Vec::new(),
         Some(workload) => vec![format!("the proxy does not serve it: {}", workload.error)],
         None => vec!["the proxy has not been told of it".to_owned()],
     }
+}
+
+fn ports(dns: bool) -> Vec<u16> {
+    let mut ports = vec![OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, HBONE_PORT];
+    ports.extend(dns.then_some(DNS_PORT));
+    ports
 }
 
 fn missing_listeners(netns: &Netns, wanted: &[u16], place: &str) -> Vec<String> {

@@ -8,7 +8,7 @@ mod tests;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::output::{OutputArgs, plain_table};
+use super::output::{Format, OutputArgs, plain_table};
 use super::{Failure, block_on};
 use crate::agent::api::ShownPod;
 use crate::run_dir::RunDir;
@@ -83,14 +83,24 @@ fn section(name: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 fn pods(output: OutputArgs) -> Result<(), Failure> {
-    let pods: Vec<ShownPod> = block_on(agent_client::get("/v1/pods"))??;
+    let page = match output.output {
+        // Looking into every pod is for those who see what was found.
+        Format::Table => "/v1/pods",
+        Format::Wide | Format::Json | Format::Yaml => "/v1/pods?connections",
+    };
+    let pods: Vec<ShownPod> = block_on(agent_client::get(page))??;
     output.print(&pods, |wide| {
         let mut header = vec!["NAMESPACE", "NAME", "MODE", "STATE", "IP"];
         if wide {
-            header.extend(["SERVICE ACCOUNT", "UID", "NETNS"]);
+            header.extend(["OUTSIDE", "SERVICE ACCOUNT", "UID", "NETNS"]);
         }
         let mut table = plain_table(&header);
-        for ShownPod { pod, closed } in &pods {
+        for ShownPod {
+            pod,
+            closed,
+            outside,
+        } in &pods
+        {
             let addresses = pod
                 .addresses
                 .iter()
@@ -109,6 +119,7 @@ fn pods(output: OutputArgs) -> Result<(), Failure> {
             ];
             if wide {
                 row.extend([
+                    outside.map_or_else(|| "-".to_owned(), |count| count.to_string()),
                     pod.service_account.clone(),
                     pod.uid.clone(),
                     pod.netns.display().to_string(),

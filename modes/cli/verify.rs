@@ -8,7 +8,7 @@ use clap::Args;
 use super::output::{Format, print};
 use super::{Failure, block_on};
 use crate::agent::api::Subject;
-use crate::agent::verify::Verified;
+use crate::agent::verify::{Aspect, Verified};
 use crate::agent_client;
 
 /// Between two looks with `--watch`.
@@ -63,9 +63,10 @@ fn render(all: &[Verified], format: Format) -> anyhow::Result<String> {
 fn text(all: &[Verified]) -> String {
     let mut out = String::new();
     for one in all {
+        let drains = if one.drains() { ", draining" } else { "" };
         let mode = one
             .mode
-            .map_or_else(String::new, |mode| format!(" ({mode})"));
+            .map_or_else(String::new, |mode| format!(" ({mode}{drains})"));
         let _ = writeln!(out, "{}{mode}", one.subject);
         for check in &one.checks {
             let mark = if check.findings.is_empty() {
@@ -73,21 +74,30 @@ fn text(all: &[Verified]) -> String {
             } else {
                 '×'
             };
-            let _ = writeln!(out, "  {mark} {}", check.aspect);
+            let what = match check.aspect {
+                Aspect::Proxy if one.drains() => "the proxy lets it go".to_owned(),
+                aspect => aspect.to_string(),
+            };
+            let _ = writeln!(out, "  {mark} {what}");
             for finding in &check.findings {
                 let _ = writeln!(out, "      {finding}");
             }
         }
         out.push('\n');
     }
-    let wrong: Vec<&str> = all
-        .iter()
-        .filter(|one| !one.is_effective())
-        .map(|one| one.subject.as_str())
-        .collect();
-    let _ = match wrong[..] {
-        [] => writeln!(out, "Status: all as it should be"),
-        _ => writeln!(out, "Status: not as it should be: {}", wrong.join(", ")),
+    let those = |wanted: fn(&Verified) -> bool| {
+        let those = all.iter().filter(|one| wanted(one));
+        let names: Vec<&str> = those.map(|one| one.subject.as_str()).collect();
+        names.join(", ")
+    };
+    let (wrong, draining) = (those(|one| !one.is_effective()), those(Verified::drains));
+    let _ = match wrong.as_str() {
+        "" => write!(out, "Status: all as it should be"),
+        _ => write!(out, "Status: not as it should be: {wrong}"),
+    };
+    let _ = match draining.as_str() {
+        "" => writeln!(out),
+        _ => writeln!(out, "; draining: {draining}"),
     };
     out
 }
@@ -95,7 +105,8 @@ fn text(all: &[Verified]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::verify::{Aspect, Check};
+    use crate::agent::PodState;
+    use crate::agent::verify::Check;
     use crate::options::Capture;
 
     #[test]
@@ -105,6 +116,7 @@ mod tests {
                 subject: "node".to_owned(),
                 uid: None,
                 mode: None,
+                state: None,
                 checks: vec![Check {
                     aspect: Aspect::Objects,
                     findings: Vec::new(),
@@ -114,6 +126,7 @@ mod tests {
                 subject: "shop/cart".to_owned(),
                 uid: Some("u".to_owned()),
                 mode: Some(Capture::Inpod),
+                state: Some(PodState::Captured),
                 checks: vec![Check {
                     aspect: Aspect::Listeners,
                     findings: vec![
@@ -127,5 +140,25 @@ mod tests {
             "node\n  √ kernel objects are in place\n\nshop/cart (inpod)\n  × the proxy listens\n      \
              nobody listens on port 15001 in the pod's namespace\n\nStatus: not as it should be: shop/cart\n"
         );
+    }
+
+    #[test]
+    fn a_pod_that_drains_is_said_to_and_is_not_wrong_for_that() {
+        let draining = |findings| Verified {
+            subject: "shop/cart".to_owned(),
+            uid: Some("u".to_owned()),
+            mode: Some(Capture::Node),
+            state: Some(PodState::Draining),
+            checks: vec![Check {
+                aspect: Aspect::Proxy,
+                findings,
+            }],
+        };
+        assert_eq!(
+            text(&[draining(Vec::new())]),
+            "shop/cart (node, draining)\n  √ the proxy lets it go\n\n\
+             Status: all as it should be; draining: shop/cart\n"
+        );
+        assert!(text(&[draining(vec!["x".to_owned()])]).contains("not as it should be: shop/cart"));
     }
 }

@@ -59,6 +59,9 @@ pub struct NetConf {
     pub runtime_config: Option<RuntimeConfig>,
 }
 
+/// The capability for which a runtime says a pod's annotations: containerd's name for it, and the key of what it then says.
+pub const POD_ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+
 /// What a runtime says about one pod to plugins that ask for it.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct RuntimeConfig {
@@ -262,7 +265,7 @@ mod tests {
         };
         let annotated = |value: &str| {
             said(&format!(
-                r#"{{"io.kubernetes.cri.pod-annotations":{{"a":"b","{DNS_CAPTURE}":"{value}"}}}}"#
+                r#"{{"{POD_ANNOTATIONS}":{{"a":"b","{DNS_CAPTURE}":"{value}"}}}}"#
             ))
         };
         assert_eq!(annotated("false"), Some(false));

@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 use files::{read, remove_if_there, write_atomically};
 use list::{Kind, List};
 
+use super::POD_ANNOTATIONS;
+
 /// Name of the plugin's binary, and so the `type` of its element.
 pub const PLUGIN_TYPE: &str = "ambidex-cni";
 /// Names that a list of our own may have: the first that is sorted before the primary one's.
@@ -194,9 +196,9 @@ impl Installation {
         Ok(done)
     }
 
-    /// The element in `plugins`.
+    /// The element in `plugins`. A runtime that does not know the capability leaves it out; none refuses it.
     fn element(&self) -> Value {
-        let mut element = json!({"type": PLUGIN_TYPE});
+        let mut element = json!({"type": PLUGIN_TYPE, "capabilities": {POD_ANNOTATIONS: true}});
         merge(&mut element, &self.settings);
         element
     }

@@ -194,6 +194,9 @@ impl Source {
     ) -> anyhow::Result<()> {
         let uid = &pod.runtime_uid;
         let mut wrong = agent.effects.all().remove(uid).unwrap_or_default();
+        if enrolled.state != PodState::Captured {
+            wrong.push(format!("the pod is {}", enrolled.state));
+        }
         if wrong.is_empty() && !lock(&self.proven).contains(uid) {
             let verified = agent.verify_pod(enrolled, &agent.proxy_tells().await).await;
             wrong = verified
