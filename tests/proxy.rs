@@ -58,6 +58,7 @@ fn a_replaced_proxy_is_followed(#[values(Mode::Node, Mode::Mixed)] mode: Mode) {
         netns: &node.proxy_netns,
         ip: node.proxy_ip,
         gateway: node.pod_gateway,
+        cni: node.cni,
     };
     ip_batch(&node.netns, &attachment.node_side());
     ip_batch(&node.proxy_netns, &attachment.pod_side());

@@ -142,6 +142,7 @@ impl Sandbox {
             netns: &netns,
             ip: self.ip,
             gateway: node.pod_gateway,
+            cni: node.cni,
         };
         ip_batch(&node.netns, &attachment.node_side());
         ip_batch(&netns, &attachment.pod_side());
