@@ -20,7 +20,7 @@ use super::facts::{Daemon, Device, Facts};
 use super::filters::HOST_MARKS;
 
 /// Preferences of the node capture's rules.
-const NODE_RULES: RangeInclusive<u32> = 100..=103;
+const NODE_RULES: RangeInclusive<u32> = 99..=103;
 /// Under this name the journal has the node capture's objects on the node.
 const NODE_PLAN: &str = "host-node";
 /// Under this name the in-pod capture's.
@@ -49,10 +49,10 @@ pub(super) fn node_tables() -> RangeInclusive<u32> {
 pub(super) static CHECKS: [Check; 13] = [
     Check {
         id: "node/rule-clash",
-        title: "preferences 100 to 103 of policy routing are free",
+        title: "preferences 99 to 103 of policy routing are free",
         modes: NODE,
         why: "the order of rules decides, and a rule of somebody else between ours changes where captured packets go",
-        fix: "let its owner choose another preference than 100 to 103; by hand: ip rule del pref OBJECT",
+        fix: "let its owner choose another preference than 99 to 103; by hand: ip rule del pref OBJECT",
         look: |facts| {
             let foreign = facts.rules.iter().filter(|rule| {
                 rule.family == Family::V4 && !rule.ours && NODE_RULES.contains(&rule.priority)

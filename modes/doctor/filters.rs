@@ -26,7 +26,7 @@ pub(super) const HOST_MARKS: u32 = MARK_OUTBOUND.mask
     | MARK_STAYS_OUT.mask;
 
 /// Beginnings of the names of IPv4 chains that are ours, or of a mesh whose names we have.
-const OWN_CHAINS: [&str; 2] = ["ztunnel-", "ISTIO_"];
+const OWN_CHAINS: [&str; 3] = ["ambidex-", "ztunnel-", "ISTIO_"];
 
 pub(super) static CHECKS: [Check; 7] = [
     Check {

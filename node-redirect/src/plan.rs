@@ -182,6 +182,8 @@ pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
         false,
     ));
     steps.extend([
+        // Before the field's: the packet may have one of its marks as well.
+        rule(99, Some(MARK_STAYS_IN), RuleAction::Lookup(TABLE_STAYS_IN)),
         rule(100, Some(MARK_SKIP), RuleAction::Goto(RULE_MAIN)),
         rule(101, Some(MARK_OUTBOUND), RuleAction::Lookup(TABLE_OUTBOUND)),
         rule(
@@ -189,7 +191,6 @@ pub fn host(facts: &HostFacts, flow: Flow) -> Plan {
             Some(MARK_PROXY_RETURN),
             RuleAction::Lookup(TABLE_PROXY_RETURN),
         ),
-        rule(102, Some(MARK_STAYS_IN), RuleAction::Lookup(TABLE_STAYS_IN)),
         rule(103, None, RuleAction::Lookup(TABLE_INBOUND)),
     ]);
     let filter = reverse_path_filter(facts.main_has_default_route);

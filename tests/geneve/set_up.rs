@@ -59,10 +59,10 @@ fn node_as_designed(node: &Node, flow: NodeFlow, dump: &Dump) -> Result<()> {
         of(&dump.rules, "rule4"),
         [
             "rule4 0: lookup 255 proto 2",
+            "rule4 99: fwmark 0x80/0x80 lookup 103 proto 133",
             "rule4 100: fwmark 0x200/0x200 goto 32766 proto 133",
             "rule4 101: fwmark 0x100/0x100 lookup 101 proto 133",
             "rule4 102: fwmark 0x40/0x40 lookup 102 proto 133",
-            "rule4 102: fwmark 0x80/0x80 lookup 103 proto 133",
             "rule4 103: lookup 100 proto 133",
             "rule4 32766: lookup 254 proto 2",
             "rule4 32767: lookup 253 proto 2",
@@ -176,34 +176,37 @@ fn proxy_as_designed(node: &Node, flow: NodeFlow, dump: &Dump) -> Result<()> {
         .into_iter()
         .flatten(),
     )?;
-    let prerouting = |rule: &str| format!("iptables-legacy mangle -A PREROUTING {rule}");
+    let in_chain = |chain: &str, rule: String| format!("iptables-legacy mangle -A {chain} {rule}");
     let tproxy = |input: &str, port: u16, mark: &str| {
-        prerouting(&format!(
-            "-i {input} -j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}"
-        ))
+        format!("-i {input} -j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}")
     };
-    let returned = |input: &str, not_to: &str| {
-        ["tcp", "icmp"].map(|protocol| {
-            prerouting(&format!(
-                "! -d {not_to}/32 -i {input} -p {protocol} -j MARK --set-xmark 0x4d3/0xfff"
-            ))
-        })
+    let returned = |input: &str, not_to: &str, protocol: &str| {
+        format!("! -d {not_to}/32 -i {input} -p {protocol} -j MARK --set-xmark 0x4d3/0xfff")
     };
-    let mut rules = vec![
+    let field = [
+        "-j ambidex-PREROUTING".to_owned(),
         tproxy("pistioin -p tcp -m tcp --dport 15008", 15008, "0x400/0xfff"),
         tproxy("pistioout -p tcp", 15001, "0x400/0xfff"),
         tproxy("pistioin -p tcp", 15006, "0x400/0xfff"),
-        tproxy("lo -p tcp -m tcp --dport 15008", 15088, "0x404/0xfff"),
+        returned("eth0", &proxy.to_string(), "tcp"),
     ];
-    rules.extend(returned("eth0", &proxy.to_string()));
+    let mut own = vec![
+        tproxy("lo -p tcp -m tcp --dport 15008", 15088, "0x404/0xfff"),
+        returned("eth0", &proxy.to_string(), "icmp"),
+    ];
     if tunnel {
-        let [_, into] = returned("pistioin", "192.168.126.2");
-        let [_, out] = returned("pistioout", "192.168.127.2");
-        rules.extend([into, out]);
+        own.push(returned("pistioin", "192.168.126.2", "icmp"));
+        own.push(returned("pistioout", "192.168.127.2", "icmp"));
     }
     // Their order decides, so they are compared in it.
-    let found = of(&dump.iptables, "mangle -A PREROUTING");
-    ensure!(found == rules, "{}", both("TPROXY", &found, &rules));
+    for (chain, rules) in [("PREROUTING", &field[..]), ("ambidex-PREROUTING", &own)] {
+        let rules: Vec<String> = rules
+            .iter()
+            .map(|rule| in_chain(chain, rule.clone()))
+            .collect();
+        let found = of(&dump.iptables, &format!("mangle -A {chain} "));
+        ensure!(found == rules, "{}", both(chain, &found, &rules));
+    }
     for device in ["pistioin", "pistioout"] {
         contains(
             &dump.sysctls,

@@ -8,6 +8,12 @@ const FORWARD: &str = "ztunnel-FORWARD";
 const OUTPUT: &str = "ztunnel-OUTPUT";
 const POSTROUTING: &str = "ztunnel-POSTROUTING";
 
+// What is not the field's stands in chains of its own, which the field's begin with a jump to: so the order of the two is
+// that of one chain, and what is left of each of the field's chains is its listing.
+const OWN_PREROUTING: &str = "ambidex-PREROUTING";
+const OWN_FORWARD: &str = "ambidex-FORWARD";
+const OWN_OUTPUT: &str = "ambidex-OUTPUT";
+
 fn marked(mark: MarkMatch) -> String {
     format!("-m mark --mark {mark}")
 }
@@ -25,31 +31,48 @@ fn set_connection_mark(mark: MarkMatch) -> String {
 }
 
 fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
+    let jump = Jump {
+        from: from.to_owned(),
+        position: Position::First,
+    };
     Step::Chain(Chain {
         family: Family::V4,
         table,
         name: name.to_owned(),
         rules,
-        jump: Some(Jump {
-            from: from.to_owned(),
-            position: Position::First,
-        }),
+        jump: Some(jump),
+    })
+}
+
+/// A chain that only another one leads to.
+fn inner_chain(table: Table, name: &str, rules: Vec<String>) -> Step {
+    Step::Chain(Chain {
+        family: Family::V4,
+        table,
+        name: name.to_owned(),
+        rules,
+        jump: None,
     })
 }
 
 /// The chains on the node.
 pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
     let accept = || vec![format!("{} -j ACCEPT", marked(MARK_OUTBOUND))];
+    let to = |own: &str| vec![format!("-j {own}")];
     vec![
+        inner_chain(Table::Mangle, OWN_PREROUTING, own_prerouting(facts, flow)),
         chain(
             Table::Mangle,
             PREROUTING,
             "PREROUTING",
-            host_prerouting(facts, flow),
+            [to(OWN_PREROUTING), field_prerouting(facts)].concat(),
         ),
         chain(Table::Mangle, INPUT, "INPUT", save_connection_marks()),
         chain(Table::Mangle, FORWARD, "FORWARD", save_connection_marks()),
-        chain(Table::Mangle, OUTPUT, "OUTPUT", host_output(flow)),
+        inner_chain(Table::Mangle, OWN_OUTPUT, own_output(flow)),
+        chain(Table::Mangle, OUTPUT, "OUTPUT", to(OWN_OUTPUT)),
+        // Empty with the field, too, and in every listing of it.
+        chain(Table::Mangle, POSTROUTING, "POSTROUTING", Vec::new()),
         // No rewriting of a service's address before the proxy has seen it, no masquerading towards the proxy, and no
         // rejecting of a service without local endpoints.
         chain(
@@ -64,11 +87,12 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
             "POSTROUTING",
             [accept(), dns_keeps_its_source(facts)].concat(),
         ),
+        inner_chain(Table::Filter, OWN_FORWARD, guard::forward(facts, flow)),
         chain(
             Table::Filter,
             FORWARD,
             "FORWARD",
-            [guard::forward(facts, flow), accept()].concat(),
+            [to(OWN_FORWARD), accept()].concat(),
         ),
     ]
 }
@@ -92,16 +116,51 @@ fn dns_keeps_its_source(facts: &HostFacts) -> Vec<String> {
     facts.dns.then_some(rule).into_iter().collect()
 }
 
-fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
+/// The field's rules, as of 1.20.
+fn field_prerouting(facts: &HostFacts) -> Vec<String> {
     let (zip, veth) = (facts.proxy_ip, &facts.proxy_veth);
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
     let skip = set_mark(MARK_SKIP);
     let skipped = format!("{} -j RETURN", marked(MARK_SKIP));
-    let mut rules = vec![
-        // Out of a tunnel: from the proxy, final. Masqueraded connections die when their output device changes, so
-        // what comes this way stays this way.
-        format!("-i {tunnel_in} {}", set_connection_mark(MARK_STAYS_IN)),
+    vec![
+        // Out of a tunnel: from the proxy, final.
         format!("-i {tunnel_in} {skip}"),
+        format!("-i {tunnel_in} -j RETURN"),
+        format!("-i {tunnel_out} {skip}"),
+        format!("-i {tunnel_out} -j RETURN"),
+        // The outer packet's mark would become the inner one's.
+        format!("-p udp -m udp --dport {} -j RETURN", facts.port),
+        format!("{} {skip}", connection_marked(MARK_CONN_SKIP)),
+        skipped.clone(),
+        // Answers to what the proxy sent with somebody else's address.
+        format!(
+            "! -i {veth} {} {}",
+            connection_marked(MARK_PROXY),
+            set_mark(MARK_PROXY_RETURN)
+        ),
+        format!("{} -j RETURN", marked(MARK_PROXY_RETURN)),
+        // From the proxy: with somebody else's address, or its own.
+        format!("! -s {zip}/32 -i {veth} {}", set_mark(MARK_PROXY)),
+        skipped.clone(),
+        format!("-i {veth} {}", set_mark(MARK_CONN_SKIP)),
+        format!("-p udp {}", set_mark(MARK_CONN_SKIP)),
+        skipped,
+        format!(
+            "-p tcp -m set --match-set {PODS_SET} src {}",
+            set_mark(MARK_OUTBOUND)
+        ),
+    ]
+}
+
+/// What the field's rules lack, before them: a packet that gets no mark here is theirs, one that is to skip the capture
+/// meets their first rule about that, and the marks for connections that stay in a tunnel come first in policy routing.
+fn own_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
+    let veth = &facts.proxy_veth;
+    let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
+    let skip = set_mark(MARK_SKIP);
+    // Masqueraded connections die when their output device changes, so what comes this way stays this way.
+    let mut rules = vec![
+        format!("-i {tunnel_in} {}", set_connection_mark(MARK_STAYS_IN)),
         format!("-i {tunnel_in} -j RETURN"),
     ];
     if flow == Flow::Tunnel {
@@ -111,12 +170,9 @@ fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
         ));
     }
     rules.extend([
-        format!("-i {tunnel_out} {skip}"),
         format!("-i {tunnel_out} -j RETURN"),
-        // The outer packet's mark would become the inner one's.
         format!("-p udp -m udp --dport {} -j RETURN", facts.port),
-        format!("{} {skip}", connection_marked(MARK_CONN_SKIP)),
-        skipped.clone(),
+        format!("{} -j RETURN", connection_marked(MARK_CONN_SKIP)),
         format!(
             "{} {}",
             connection_marked(MARK_STAYS_IN),
@@ -135,17 +191,8 @@ fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
         ]);
     }
     rules.extend([
-        // Answers to what the proxy sent with somebody else's address.
-        format!(
-            "! -i {veth} {} {}",
-            connection_marked(MARK_PROXY),
-            set_mark(MARK_PROXY_RETURN)
-        ),
-        format!("{} -j RETURN", marked(MARK_PROXY_RETURN)),
-        // From the proxy: with somebody else's address, or its own.
-        format!("! -s {zip}/32 -i {veth} {}", set_mark(MARK_PROXY)),
-        skipped.clone(),
-        format!("-i {veth} {}", set_mark(MARK_CONN_SKIP)),
+        format!("-i {veth} -j RETURN"),
+        format!("{} -j RETURN", connection_marked(MARK_PROXY)),
         format!("! -p tcp {skip}"),
     ]);
     // Connections older than their pod's capture: conntrack knows them and they carry none of the marks above, or (if
@@ -155,13 +202,6 @@ fn host_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
         format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),
         format!("{not_syn} {LIVE_PODS_SET} src {skip}"),
         format!("{not_syn} {LIVE_PODS_SET} dst {skip}"),
-    ]);
-    rules.extend([
-        skipped,
-        format!(
-            "-p tcp -m set --match-set {PODS_SET} src {}",
-            set_mark(MARK_OUTBOUND)
-        ),
     ]);
     rules
 }
@@ -180,7 +220,7 @@ fn save_connection_marks() -> Vec<String> {
         .to_vec()
 }
 
-fn host_output(flow: Flow) -> Vec<String> {
+fn own_output(flow: Flow) -> Vec<String> {
     // "Fragmentation needed" for a connection of the proxy is addressed to whose address it speaks with. Lead it to the
     // proxy the way the connection's packets go, or large packets vanish without a trace.
     let mut ways = vec![(MARK_PROXY, MARK_PROXY_RETURN)];
@@ -205,15 +245,11 @@ fn host_output(flow: Flow) -> Vec<String> {
     rules
 }
 
-/// The rules in the proxy's namespace, in PREROUTING itself.
+/// The rules in the proxy's namespace: the field's in PREROUTING itself.
 pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
     let (device, zip) = (&facts.device, facts.proxy_ip);
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.proxy, TUNNEL_OUT.proxy);
-    let tproxy = |port: u16, mark: MarkMatch| {
-        format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}")
-    };
-    let to_returning = set_mark(MARK_RETURN);
-    let mut rules = vec![
+    let rules = [
         // Before the rule for all of this tunnel: HBONE has a listener of its own.
         format!(
             "-i {tunnel_in} -p tcp -m tcp --dport {HBONE_PORT} {}",
@@ -227,23 +263,52 @@ pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
             "-i {tunnel_in} -p tcp {}",
             tproxy(INBOUND_PLAINTEXT_PORT, MARK_TPROXY)
         ),
+        // For sockets that speak with somebody else's address.
+        format!("! -d {zip}/32 -i {device} -p tcp {}", set_mark(MARK_RETURN)),
+    ];
+    let rules = rules.into_iter().map(|rule| {
+        Step::ChainRule(ChainRule {
+            family: Family::V4,
+            table: Table::Mangle,
+            chain: "PREROUTING".to_owned(),
+            rule,
+            position: Position::Last,
+        })
+    });
+    let own = chain(
+        Table::Mangle,
+        OWN_PREROUTING,
+        "PREROUTING",
+        own_in_proxy(facts, flow),
+    );
+    std::iter::once(own).chain(rules).collect()
+}
+
+fn tproxy(port: u16, mark: MarkMatch) -> String {
+    format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}")
+}
+
+fn own_in_proxy(facts: &ProxyFacts, flow: Flow) -> Vec<String> {
+    let (device, zip) = (&facts.device, facts.proxy_ip);
+    let to_returning = set_mark(MARK_RETURN);
+    let mut rules = Vec::new();
+    if facts.dns {
+        // Before the rule for all of this tunnel.
+        rules.push(format!(
+            "-i {} -p tcp -m tcp --dport 53 -m set ! --match-set {DNS_EXEMPT_SET} src {}",
+            TUNNEL_OUT.proxy,
+            tproxy(DNS_PORT, MARK_TPROXY)
+        ));
+    }
+    rules.extend([
         // From one pod of this node to another: never left this namespace. The mark keeps it here.
         format!(
             "-i lo -p tcp -m tcp --dport {HBONE_PORT} {}",
             tproxy(SAME_NODE_HBONE_PORT, MARK_SAME_NODE)
         ),
-        // For sockets that speak with somebody else's address.
-        format!("! -d {zip}/32 -i {device} -p tcp {to_returning}"),
+        // What is said about the connections of sockets that speak with somebody else's address.
         format!("! -d {zip}/32 -i {device} -p icmp {to_returning}"),
-    ];
-    if facts.dns {
-        // Before the rule for all of this tunnel.
-        let by_tcp = format!(
-            "-i {tunnel_out} -p tcp -m tcp --dport 53 -m set ! --match-set {DNS_EXEMPT_SET} src {}",
-            tproxy(DNS_PORT, MARK_TPROXY)
-        );
-        rules.insert(0, by_tcp);
-    }
+    ]);
     if flow == Flow::Tunnel {
         for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
             rules.push(format!(
@@ -253,15 +318,4 @@ pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
         }
     }
     rules
-        .into_iter()
-        .map(|rule| {
-            Step::ChainRule(ChainRule {
-                family: Family::V4,
-                table: Table::Mangle,
-                chain: "PREROUTING".to_owned(),
-                rule,
-                position: Position::Last,
-            })
-        })
-        .collect()
 }
