@@ -14,7 +14,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
 .PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve flows check clean-lab \
-	kube-tools judges manifests image completions
+	kube-tools judges manifests image completions golden
 
 all: build
 
@@ -63,6 +63,11 @@ test-geneve: deps
 # What becomes of every flow in every capture, as the document that says so: a run on this machine, with its commit.
 flows: deps
 	AMBIDEX_TEST_SUITE=all WRITE_FLOWS=$(CURDIR)/docs/flows.md $(CARGO) test --workspace --features kubernetes --test flow_matrix every_flow
+
+# Live listings beside those of the articles (docs/decisions/0011-listings.md).
+golden: deps
+	$(CARGO) build --workspace --bins
+	$(CARGO) test --test golden
 
 check: deps
 	$(CARGO) fmt --all --check

@@ -18,6 +18,7 @@ mod events;
 mod keeper;
 pub mod kubernetes;
 mod lock;
+mod narrative;
 mod node;
 mod pages;
 mod plans;

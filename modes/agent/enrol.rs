@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::admission::has_address;
 use super::plans::announcement;
 use super::timings::{EnrolmentTimes, micros};
-use super::{Agent, Pod, PodState, removal};
+use super::{Agent, Pod, PodState, narrative, removal};
 use crate::unix_http::Caller;
 
 /// How long an enrolment may wait for the proxy and for other events of the pod: so much less than the plugin waits
@@ -114,7 +114,7 @@ impl Agent {
         };
         if self.pods.get(&pod.uid).as_ref() == Some(&captured) {
             // A repetition. A capture that stands is not taken away because it cannot be confirmed.
-            let repeated = self.capture(&pod, deadline).await;
+            let repeated = self.capture(&captured, deadline).await;
             return repeated.map(drop).map_err(failed);
         }
         let Ok(_turn) = timeout_at(begun + TURN_WITHIN, self.turns.0.acquire()).await else {
@@ -240,6 +240,9 @@ impl Agent {
         let plans = self.pod_plans(pod).await?;
         let planned = Instant::now();
         for (place, plan) in plans {
+            if pod.state == PodState::Pending {
+                narrative::tell(pod, &plan);
+            }
             self.converge(&place, &plan).await?;
         }
         Ok(EnrolmentTimes {
