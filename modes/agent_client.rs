@@ -69,6 +69,11 @@ pub async fn get<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
     call(Method::GET, uri, TELLS_WITHIN).await
 }
 
+/// `GET` a JSON page of the agent of any node whose run directory is at hand.
+pub async fn get_of<T: DeserializeOwned>(run_dir: &RunDir, uri: &str) -> anyhow::Result<T> {
+    exchange_with(run_dir, Method::GET, uri, Vec::new(), TELLS_WITHIN).await
+}
+
 /// `POST` to a page of the agent of this node.
 pub async fn post<T: DeserializeOwned>(uri: &str) -> anyhow::Result<T> {
     call(Method::POST, uri, DOES_WITHIN).await
@@ -94,7 +99,17 @@ async fn exchange<T: DeserializeOwned>(
     body: Vec<u8>,
     within: Duration,
 ) -> anyhow::Result<T> {
-    let socket = RunDir::from_env().agent();
+    exchange_with(&RunDir::from_env(), method, uri, body, within).await
+}
+
+async fn exchange_with<T: DeserializeOwned>(
+    run_dir: &RunDir,
+    method: Method,
+    uri: &str,
+    body: Vec<u8>,
+    within: Duration,
+) -> anyhow::Result<T> {
+    let socket = run_dir.agent();
     let (status, body) = unix_http::request(&socket, method, uri, body, within).await?;
     if status != StatusCode::OK {
         return Err(anyhow!("{}", String::from_utf8_lossy(&body).trim_end()));

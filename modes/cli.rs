@@ -1,6 +1,6 @@
 //! The command line: one file per verb.
 //!
-//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`, `doctor`), 4 timed out.
+//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`, `doctor`, `explain`), 4 timed out.
 
 mod bench;
 mod bug_report;
@@ -11,6 +11,7 @@ mod daemons;
 mod doctor;
 mod dump;
 mod enrol;
+mod explain;
 mod get;
 mod lab;
 mod man;
@@ -61,6 +62,9 @@ enum Command {
     /// Look at this machine: whether each capture would work here, and what mends what does not (exit code 3 when
     /// something breaks the capture that was asked for)
     Doctor(doctor::DoctorArgs),
+    /// Predict the way of a connection hop by hop, from the state of the kernel and what the plans say of it (exit code 3
+    /// where they differ)
+    Explain(explain::ExplainArgs),
     /// Capture a pod that is running; connections that it has go on outside the mesh
     Enrol(enrol::EnrolArgs),
     /// Stop capturing a running pod; its connections through the proxy go on for a time
@@ -126,6 +130,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::BugReport(args) => bug_report::run(args),
+        Command::Explain(args) => explain::run(args),
         Command::Enrol(args) => enrol::run_enrol(args),
         Command::Unenrol(args) => enrol::run_unenrol(args),
         Command::Undo(args) => plan::run_undo(args),

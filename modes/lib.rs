@@ -10,6 +10,7 @@ pub mod cni;
 pub mod control;
 mod descriptors;
 pub mod doctor;
+pub mod explain;
 pub mod logging;
 pub mod options;
 pub mod proxy;

@@ -31,6 +31,9 @@ pub struct PlacedPlan {
     pub place: String,
     /// Path of the namespace where one is known; the node's and the proxy's are held open by descriptor.
     pub netns: Option<PathBuf>,
+    /// The descriptor of the node's or the proxy's in the agent's process: `/proc/PID/fd/N` to others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub descriptor: Option<i32>,
     /// The plan.
     pub plan: Plan,
 }

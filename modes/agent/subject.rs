@@ -1,5 +1,7 @@
 //! What an operator asks about a pod or the node: its plans, how the kernel differs from them, their removal.
 
+use std::os::fd::AsRawFd;
+
 use anyhow::anyhow;
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -55,6 +57,9 @@ impl Agent {
                 .load(&plan.name)?
                 .and_then(|record| record.netns_path);
             plans.push(PlacedPlan {
+                // A pod's is closed again when this has been answered.
+                descriptor: matches!(subject, Subject::Node)
+                    .then(|| place.netns.as_fd().as_raw_fd()),
                 place: place.label,
                 netns,
                 plan,

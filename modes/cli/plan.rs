@@ -69,7 +69,10 @@ pub(crate) fn run_plan(args: PlanArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let mut out = String::new();
-    for PlacedPlan { place, netns, plan } in placed {
+    for PlacedPlan {
+        place, netns, plan, ..
+    } in placed
+    {
         let path = netns.map_or_else(String::new, |path| format!(" ({})", path.display()));
         let name = &plan.name;
         let _ = writeln!(

@@ -1,0 +1,188 @@
+//! Explanations as tables and as diagrams.
+
+use std::fmt::Write;
+
+use super::hop::{Hop, Kind};
+use super::{Explanation, story::Leg};
+
+/// One row a hop. Rules without effect are left out unless it may be `wide`.
+pub fn table(explanation: &Explanation, wide: bool) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "{} → {}", explanation.from, explanation.to);
+    for (number, leg) in explanation.legs.iter().enumerate() {
+        let _ = writeln!(
+            out,
+            "\n{}  {}   [{}]",
+            number + 1,
+            leg.title,
+            leg.connection
+        );
+        for walk in &leg.walks {
+            let _ = writeln!(out, "  {}: {}", phase(&walk.phase), walk.ends);
+            let rows: Vec<[String; 6]> = walk
+                .hops
+                .iter()
+                .filter(|hop| wide || !hop.is_idle() || hop.differs.is_some())
+                .map(row)
+                .collect();
+            columns(&mut out, &rows);
+        }
+        let _ = decision(&mut out, leg);
+    }
+    for note in &explanation.notes {
+        let _ = writeln!(out, "\nnote: {note}");
+    }
+    let count = explanation.differences();
+    if count > 0 {
+        let _ = writeln!(out, "\n{count} hops differ from the plans");
+    }
+    out
+}
+
+fn decision(out: &mut String, leg: &Leg) -> std::fmt::Result {
+    match (&leg.accepted_by, &leg.decision) {
+        (Some(who), Some(decision)) => {
+            writeln!(out, "  {who} decides: {}", decision.text)?;
+            if let Some(identity) = &decision.source_identity {
+                writeln!(out, "    client: {identity}")?;
+            }
+            if let Some(identity) = &decision.destination_identity {
+                writeln!(out, "    destination: {identity}")?;
+            }
+            Ok(())
+        }
+        (Some(who), None) => writeln!(out, "  accepted by {who}"),
+        (None, _) => writeln!(out, "  not accepted"),
+    }
+}
+
+/// What a phase is called.
+pub(super) fn phase(name: &str) -> &str {
+    match name {
+        "first" => "first packet",
+        "answer" => "answer",
+        "later" => "later packets",
+        other => other,
+    }
+}
+
+fn row(hop: &Hop) -> [String; 6] {
+    let mut what = hop.text.clone();
+    if let Some(rule) = &hop.rule {
+        let _ = write!(what, ": {}", rule.text);
+        if rule.foreign {
+            what.push_str("  (foreign rule)");
+        }
+    }
+    if let Some(unknown) = &hop.unknown {
+        let _ = write!(what, "  (unknown: {unknown})");
+    }
+    if let Some(differs) = &hop.differs {
+        let _ = write!(what, "  <<< differs: {differs}");
+    }
+    let marks = |change: &super::hop::Change| match change.after.as_str() {
+        "0" if change.before == "0" => "-".to_owned(),
+        _ => change.shown(),
+    };
+    [
+        hop.place.clone(),
+        hop.device.clone().unwrap_or_else(|| "-".to_owned()),
+        marks(&hop.mark),
+        marks(&hop.connmark),
+        hop.packet.clone(),
+        what,
+    ]
+}
+
+/// Columns as wide as their longest text, the last one as it is.
+pub(super) fn columns<const N: usize>(out: &mut String, rows: &[[String; N]]) {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, text) in widths.iter_mut().zip(row) {
+            *width = text.chars().count().max(*width);
+        }
+    }
+    for row in rows {
+        let mut line = String::from("    ");
+        for (index, (text, width)) in row.iter().zip(widths).enumerate() {
+            if index + 1 == N {
+                line.push_str(text);
+            } else {
+                let _ = write!(line, "{text:width$}  ");
+            }
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+/// A sequence diagram for Mermaid: namespaces as participants, packets between them as arrows, rules as notes.
+pub fn mermaid(explanation: &Explanation) -> String {
+    let mut out = String::from("sequenceDiagram\n");
+    let mut places: Vec<&str> = Vec::new();
+    for hop in explanation.hops() {
+        if !places.contains(&hop.place.as_str()) {
+            places.push(&hop.place);
+        }
+    }
+    for (index, place) in places.iter().enumerate() {
+        let _ = writeln!(out, "  participant p{index} as {}", plain(place));
+    }
+    let id = |place: &str| places.iter().position(|it| *it == place).unwrap_or(0);
+    for leg in &explanation.legs {
+        let last = places.len().saturating_sub(1);
+        let _ = writeln!(out, "  Note over p0,p{last}: {}", plain(&leg.title));
+        for walk in &leg.walks {
+            arrows(&mut out, &walk.hops, &phase(&walk.phase).to_owned(), &id);
+        }
+        if let (Some(decision), Some(hop)) = (
+            &leg.decision,
+            leg.walks.first().and_then(|walk| walk.hops.last()),
+        ) {
+            let _ = writeln!(
+                out,
+                "  Note over p{}: {}",
+                id(&hop.place),
+                plain(&decision.text)
+            );
+        }
+    }
+    out
+}
+
+fn arrows(out: &mut String, hops: &[Hop], phase: &str, id: &dyn Fn(&str) -> usize) {
+    for (index, hop) in hops.iter().enumerate() {
+        let at = id(&hop.place);
+        if let Some(differs) = &hop.differs {
+            let _ = writeln!(out, "  Note over p{at}: differs: {}", plain(differs));
+        }
+        match hop.kind {
+            Kind::Transmitted => {
+                if let Some(next) = hops.get(index + 1) {
+                    let device = hop.device.as_deref().unwrap_or("");
+                    let text = format!("{phase} by {device}: {}", hop.packet);
+                    let _ = writeln!(out, "  p{at}->>p{}: {}", id(&next.place), plain(&text));
+                }
+            }
+            Kind::Rule | Kind::Dropped if !hop.is_idle() => {
+                let rule = hop.rule.as_ref().map_or("", |rule| rule.text.as_str());
+                let text = format!("{} {rule}", hop.text);
+                let _ = writeln!(out, "  Note over p{at}: {}", plain(&text));
+            }
+            Kind::Routed => {
+                if let Some(route) = &hop.route {
+                    let _ = writeln!(out, "  Note over p{at}: {}", plain(&route.route));
+                }
+            }
+            Kind::Wrapped | Kind::Unwrapped | Kind::Delivered => {
+                let _ = writeln!(out, "  Note over p{at}: {}", plain(&hop.text));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Without what ends a statement in Mermaid.
+fn plain(text: &str) -> String {
+    text.replace(['#', ';'], " ").replace('\n', " ")
+}
