@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use hop::Hop;
 use story::Leg;
 
-pub use question::{Asked, ask};
+pub use question::{Asked, Prepared, ask, prepare};
 
 /// The predicted way of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,43 +19,45 @@ fn key(hop: &Hop) -> Key<'_> {
     (&hop.place, hop.kind, hop.device.as_deref(), what)
 }
 
-/// Flags the first hop at which `live` is not as `planned`; what comes after it follows from it.
+/// Flags the first hop at which `live` is not as `planned`; what comes after it follows from it. Rules of others do not
+/// count by themselves: one of them is flagged when the way is another one right after it.
 pub(super) fn flag(live: &mut [Hop], planned: &[Hop], now: &World, wanted: &World) {
-    let mut expected = planned.iter().filter(|hop| !hop.is_idle()).peekable();
-    let mut different = None;
-    for index in 0..live.len() {
-        if live[index].is_idle() {
-            continue;
-        }
-        let same = |index: usize| {
-            expected
-                .clone()
-                .next()
-                .is_some_and(|hop| key(hop) == key(&live[index]))
-        };
-        if same(index) {
-            expected.next();
-            continue;
-        }
-        // Somebody else's rule that the packet passes without leaving its way.
-        let next = (index + 1..live.len())
-            .find(|next| !live[*next].is_idle() && !live[*next].is_foreign());
-        if live[index].is_foreign() && next.is_some_and(same) {
-            continue;
-        }
-        different = Some(index);
-        break;
-    }
-    let at = match different {
-        Some(at) => at,
-        None if expected.peek().is_some() && !live.is_empty() => live.len() - 1,
-        None => return,
+    let counts = |hop: &&Hop| !hop.is_idle() && !hop.is_foreign();
+    let expected: Vec<(usize, &Hop)> = planned
+        .iter()
+        .enumerate()
+        .filter(|(_, hop)| counts(hop))
+        .collect();
+    let found: Vec<usize> = (0..live.len())
+        .filter(|index| counts(&&live[*index]))
+        .collect();
+    let same = found
+        .iter()
+        .zip(&expected)
+        .take_while(|(index, (_, hop))| key(&live[**index]) == key(hop))
+        .count();
+    let next = expected.get(same).copied();
+    let at = match (found.get(same), next) {
+        (None, None) => return,
+        (Some(at), _) => *at,
+        (None, Some(_)) => live.len(),
     };
-    let text = match expected.peek() {
-        Some(hop) => format!("the plans say: {}", described(hop, now, wanted)),
+    // Planned hops up to there.
+    let before = &planned[..next.map_or(planned.len(), |(index, _)| index)];
+    let foreign = (0..at)
+        .rev()
+        .take_while(|index| !counts(&&live[*index]))
+        .find(|index| {
+            live[*index].is_foreign() && !before.iter().any(|hop| key(hop) == key(&live[*index]))
+        });
+    let text = match next {
+        Some((_, hop)) => format!("the plans say: {}", described(hop, now, wanted)),
         None => "the plans say that it ends before this".to_owned(),
     };
-    live[at].differs = Some(text);
+    let at = foreign.unwrap_or(at).min(live.len().saturating_sub(1));
+    if let Some(hop) = live.get_mut(at) {
+        hop.differs = Some(text);
+    }
 }
 
 /// A planned hop, and what of it the kernel does not have.

@@ -315,6 +315,7 @@ impl Found {
             capture: pod.capture,
         });
         Ok(Stage {
+            namespaces: wanted.into_iter().map(|it| it.netns).collect(),
             live,
             planned,
             nodes,

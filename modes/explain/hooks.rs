@@ -310,7 +310,9 @@ impl<'a> Hook<'a> {
             match self.holds(condition) {
                 Ok(holds) if holds != *negated => {}
                 Ok(_) => return Holds::No,
-                Err(what) => unknown = Some(what),
+                Err(what) => {
+                    unknown.get_or_insert(what);
+                }
             }
         }
         unknown.map_or(Holds::Yes, Holds::Unknown)

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use host_net::plan::{self, Plan, Position, RuleAction, Step};
-use ipnet::IpNet;
 
 use super::rule::Rule;
 use super::state::{Chain, Device, Overlay, State, policy_rule, route};
@@ -157,7 +156,7 @@ fn object(state: &mut State, step: &Step) {
             });
         }
         Step::Address(address) => {
-            let wanted = (address.dev.clone(), IpNet::from(address.addr).addr());
+            let wanted = (address.dev.clone(), address.addr.addr());
             if !state.addresses.contains(&wanted) {
                 state.addresses.push(wanted);
             }
@@ -174,7 +173,7 @@ fn object(state: &mut State, step: &Step) {
         }
         Step::Member(member) => {
             let members = state.sets.entry(member.set.clone()).or_default();
-            members.insert(member.ip.into());
+            members.insert(member.ip);
         }
         Step::Chain(_) | Step::ChainRule(_) => {}
     }
@@ -188,11 +187,11 @@ fn add_rule(state: &mut State, rule: &plan::Rule) {
         RuleAction::Lookup(table) => format!("lookup {table}"),
         RuleAction::Goto(priority) => format!("goto {priority}"),
     };
-    let text = format!("rule4 {}: {mark}{action}", rule.priority);
+    let text = format!("rule {}: {mark}{action}", rule.priority);
     let Some(wanted) = policy_rule(&text) else {
         return;
     };
-    let rules = &mut state.rules[0];
+    let rules = &mut state.rules[of_family(rule.family)];
     if !rules.contains(&wanted) {
         let at = rules
             .iter()

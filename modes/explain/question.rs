@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail};
 
 use super::Explanation;
 use super::gather::{self, Found};
-use super::story::Question;
+use super::story::{Question, Stage};
 
 /// What an operator asks.
 #[derive(Debug, Clone)]
@@ -29,11 +29,31 @@ enum Client {
     Outside,
 }
 
+/// A question with all that was read for its answer.
+#[derive(Debug)]
+pub struct Prepared {
+    /// What could be asked.
+    pub found: Found,
+    /// The state of the namespaces.
+    pub stage: Stage,
+    /// The question.
+    pub question: Question,
+}
+
 /// Reads the state of everything on the way and predicts it.
 ///
 /// # Errors
 /// When this node's agent does not answer, a name means nothing, or a namespace cannot be read.
 pub async fn ask(asked: &Asked) -> anyhow::Result<Explanation> {
+    let prepared = prepare(asked).await?;
+    Ok(prepared.explain(&prepared.question))
+}
+
+/// Reads the state of everything on the way.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn prepare(asked: &Asked) -> anyhow::Result<Prepared> {
     let found = gather::find().await?;
     let (client, to) = found.resolve(asked)?;
     let mut involved = Vec::new();
@@ -55,11 +75,10 @@ pub async fn ask(asked: &Asked) -> anyhow::Result<Explanation> {
             let address = found.pods[pod].addresses.first().copied();
             (place, address, found.pods[pod].name.clone())
         }
-        Client::Node(node) => (
-            stage.nodes[node].place,
-            None,
-            found.nodes[node].name.clone(),
-        ),
+        Client::Node(node) => {
+            let name = found.nodes[node].name.clone();
+            (stage.nodes[node].place, None, name)
+        }
         Client::Outside => {
             let place = stage.live.find("outside");
             let place = place.context("the host outside is known in a lab only")?;
@@ -67,28 +86,40 @@ pub async fn ask(asked: &Asked) -> anyhow::Result<Explanation> {
             (place, Some(address), "outside".to_owned())
         }
     };
-    let mut notes = found.notes.clone();
-    for place in &stage.live.places {
-        for table in &place.state.not_evaluated {
-            notes.push(format!(
-                "{}: nftables' table {table} is not evaluated",
-                place.name
-            ));
-        }
-    }
     let question = Question {
         place,
         client: client.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-        who: who.clone(),
+        who,
         to,
         endpoint: asked.endpoint,
+        ports: Vec::new(),
     };
-    Ok(Explanation {
-        from: who,
-        to: to.to_string(),
-        legs: stage.follow(&question),
-        notes,
+    Ok(Prepared {
+        found,
+        stage,
+        question,
     })
+}
+
+impl Prepared {
+    /// The prediction.
+    pub fn explain(&self, question: &Question) -> Explanation {
+        let mut notes = self.found.notes.clone();
+        for place in &self.stage.live.places {
+            for table in &place.state.not_evaluated {
+                notes.push(format!(
+                    "{}: nftables' table {table} is not evaluated",
+                    place.name
+                ));
+            }
+        }
+        Explanation {
+            from: question.who.clone(),
+            to: question.to.to_string(),
+            legs: self.stage.follow(question),
+            notes,
+        }
+    }
 }
 
 impl Found {

@@ -48,6 +48,8 @@ pub struct Pod {
 /// All that a connection is followed through.
 #[derive(Debug, Clone)]
 pub struct Stage {
+    /// The namespaces themselves, as the places of both worlds.
+    pub namespaces: Vec<host_net::netns::Netns>,
     /// The state of the kernel.
     pub live: World,
     /// The same as the plans have it.
@@ -125,13 +127,22 @@ pub struct Question {
     pub to: SocketAddr,
     /// The endpoint to show where a service has several.
     pub endpoint: Option<SocketAddr>,
+    /// Ports that the kernel chose for those who begin the legs, as far as they are known.
+    pub ports: Vec<Option<u16>>,
+}
+
+impl Question {
+    fn port(&self, leg: u16) -> u16 {
+        let known = self.ports.get(usize::from(leg)).copied().flatten();
+        known.unwrap_or(CHOSEN_PORTS.start() + leg)
+    }
 }
 
 impl Stage {
     /// Follows a connection. Differences from the plans are flagged where they begin.
-    pub fn follow(mut self, question: &Question) -> Vec<Leg> {
-        let mut live = std::mem::take(&mut self.live);
-        let mut planned = std::mem::take(&mut self.planned);
+    pub fn follow(&self, question: &Question) -> Vec<Leg> {
+        let mut live = self.live.clone();
+        let mut planned = self.planned.clone();
         let mut legs = self.legs(&mut live, question);
         let expected = self.legs(&mut planned, question);
         for (leg, expected) in legs.iter_mut().zip(&expected) {
@@ -153,7 +164,7 @@ impl Stage {
         let mut start = Some(Start {
             title: format!("{} → {}", question.who, question.to),
             place: question.place,
-            from: SocketAddr::new(question.client, *CHOSEN_PORTS.start()),
+            from: SocketAddr::new(question.client, question.port(0)),
             to: question.to,
             mark: 0,
             transparent: false,
@@ -170,8 +181,7 @@ impl Stage {
                     Role::Application => format!("application:{port}"),
                     _ => format!("proxy:{port}"),
                 });
-                let (decision, next) =
-                    self.decide(world, &begun, place, role, tuple, question.endpoint);
+                let (decision, next) = self.decide(world, &begun, place, role, tuple, question);
                 leg.decision = decision;
                 start = next;
             }
@@ -266,7 +276,7 @@ impl Stage {
         place: usize,
         role: Role,
         accepted: Tuple,
-        endpoint: Option<SocketAddr>,
+        question: &Question,
     ) -> (Option<Decision>, Option<Start>) {
         let by_pod = self.pods.iter().find(|pod| pod.place == Some(place));
         let Some(node) = self
@@ -296,7 +306,7 @@ impl Stage {
             0
         };
         let number = begun.number + 1;
-        let port = CHOSEN_PORTS.start() + number;
+        let port = question.port(number);
         // The accepted connection's ends, seen from the proxy: where it was meant for, and from whom.
         let (meant, client) = (begun.to, accepted.to);
         match role {
@@ -305,7 +315,7 @@ impl Stage {
                 let Some(mesh) = &node.mesh else {
                     return (Some(unknown()), None);
                 };
-                let outbound = mesh.outbound(client, meant, endpoint);
+                let outbound = mesh.outbound(client, meant, question.endpoint);
                 let mut decision = outbound.decision;
                 let Some((dialled, target)) = outbound.next else {
                     return (Some(decision), None);
