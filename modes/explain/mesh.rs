@@ -83,10 +83,13 @@ impl Mesh {
         Ok(Self(Arc::new(snapshot)))
     }
 
-    /// The address and port that a host name of the mesh stands for, `NAME.NAMESPACE` being enough.
+    /// The address and port that a host name of the mesh stands for, `NAME.NAMESPACE` and
+    /// `NAMESPACE/NAME` being enough.
     pub fn named(&self, name: &str, port: u16) -> anyhow::Result<SocketAddr> {
         let mut services = self.0.services().filter(|service| {
-            *service.hostname == *name || service.hostname.starts_with(&format!("{name}."))
+            *service.hostname == *name
+                || service.hostname.starts_with(&format!("{name}."))
+                || format!("{}/{}", service.namespace, service.name) == name
         });
         let found = services.next();
         let service = found.ok_or_else(|| anyhow!("the mesh has no service {name}"))?;
