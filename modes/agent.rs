@@ -12,6 +12,7 @@ mod admission;
 pub mod api;
 mod check;
 mod closing;
+mod datapath;
 pub mod draining;
 mod enrol;
 mod events;
@@ -62,6 +63,8 @@ pub struct AgentConfig {
     pub mode: Mode,
     /// Variants of the captures.
     pub variant: VariantArgs,
+    /// UDP port of the node capture's tunnels.
+    pub geneve_port: u16,
     /// Whether pods' DNS queries are captured.
     pub dns_capture: bool,
     /// ZDS socket.

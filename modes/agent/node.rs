@@ -12,11 +12,12 @@ use host_net::netns::Netns;
 use host_net::plan::{Family, OverlayKind, Place, Plan};
 use inpod_redirect::zds::NodeConfiguration;
 use inpod_redirect::zds::server::{ConnectionId, ProxyConnected, ProxyEvent, ProxyHook};
-use node_redirect::facts::{OVERLAY_OVERHEAD, OVERLAY_PORT, TUNNEL_IN, TUNNEL_OUT};
+use node_redirect::facts::{OVERLAY_OVERHEAD, TUNNEL_IN, TUNNEL_OUT};
 use node_redirect::plan::{HostFacts, ProxyFacts};
 use tokio::sync::mpsc;
 
 use super::Agent;
+use super::datapath::{refuse_bridge, refuse_taken_port};
 use crate::options::{Capture, NodeFlow, resolve_overlay};
 
 /// The node capture as it was set up for the connected proxy.
@@ -89,6 +90,7 @@ impl Agent {
             connection,
             proxy,
             overlay,
+            self.config.geneve_port,
             self.config.dns_capture,
         )
         .await?;
@@ -109,7 +111,10 @@ impl Agent {
         let before = self.node_setup();
         self.deafen(before.as_ref()).await;
         self.zds.take_node_pods_from_others(connection).await;
-        self.converge(&self.host_place(), &on_node).await?;
+        if let Err(error) = self.converge(&self.host_place(), &on_node).await {
+            self.go_back_to(before, &setup.proxy, &in_proxy.name).await;
+            return Err(error);
+        }
         tracing::info!(
             proxy = %setup.host_facts.proxy_ip,
             device = setup.host_facts.proxy_veth,
@@ -121,6 +126,35 @@ impl Agent {
         self.status().setup = Some(setup);
         self.converge_pods(Capture::Node).await;
         Ok(())
+    }
+
+    /// After the node's own objects could not be made, which took themselves back: takes away those in the namespace of the
+    /// proxy that was to be led to, and puts back those of the one before it.
+    async fn go_back_to(&self, before: Option<NodeSetup>, proxy: &Netns, plan: &str) {
+        if before
+            .as_ref()
+            .is_some_and(|before| before.proxy.id() == proxy.id())
+        {
+            return;
+        }
+        for error in engine::undo(plan, Some(proxy), &self.journal).await {
+            tracing::warn!(%error, "the namespace of a proxy that the node does not lead to is not clean");
+        }
+        let Some(before) = before else {
+            return;
+        };
+        let put_back = async {
+            self.journal.forget(PROXY_BEFORE)?;
+            self.zds.announce_node_pods(before.connection).await;
+            self.converge_node(&before).await
+        };
+        if let Err(error) = put_back.await {
+            let error = format!("{error:#}");
+            tracing::error!(
+                error,
+                "the node capture does not lead to the proxy before, either"
+            );
+        }
     }
 
     /// Renames the record of a plan in another namespace than `proxy`.
@@ -205,6 +239,7 @@ async fn facts(
     connection: ConnectionId,
     proxy: Netns,
     overlay: OverlayKind,
+    port: u16,
     dns: bool,
 ) -> anyhow::Result<NodeSetup> {
     let in_proxy = Netlink::connect(&proxy).await?;
@@ -241,6 +276,9 @@ async fn facts(
         .link(&route.dev)
         .await?
         .ok_or_else(|| anyhow!("device {} towards the proxy {proxy_ip} is gone", route.dev))?;
+    refuse_bridge("the proxy", proxy_ip, &link)?;
+    refuse_taken_port("the node", host, port, overlay).await?;
+    refuse_taken_port("the proxy's namespace", &proxy, port, overlay).await?;
     let main_routes = on_host.routes(Family::V4).await?;
     let mtu = link.mtu.saturating_sub(OVERLAY_OVERHEAD);
     Ok(NodeSetup {
@@ -250,7 +288,7 @@ async fn facts(
             proxy_veth: route.dev,
             host_ip,
             overlay,
-            port: OVERLAY_PORT,
+            port,
             mtu,
             main_has_default_route: main_routes
                 .iter()
@@ -263,7 +301,7 @@ async fn facts(
             host_ip,
             device,
             overlay,
-            port: OVERLAY_PORT,
+            port,
             mtu,
             dns,
         },

@@ -8,6 +8,7 @@ use host_net::plan::{Phase, Place, Plan};
 use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
+use super::datapath::refuse_bridge;
 use super::node::{MAIN_TABLE, has_ipv6};
 use super::{Agent, Pod, PodState};
 use crate::options::Capture;
@@ -95,10 +96,14 @@ pub(super) fn announcement(pod: &Pod) -> anyhow::Result<Add> {
 /// asked, because a captured pod's address leads into the tunnel there.
 async fn pod_veth(netlink: &Netlink, address: Ipv4Addr) -> anyhow::Result<String> {
     let destination = IpNet::from(IpAddr::V4(address));
-    netlink
-        .device_to(MAIN_TABLE, destination)
-        .await?
-        .ok_or_else(|| {
-            anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
-        })
+    let device = match netlink.device_to(MAIN_TABLE, destination).await? {
+        Some(name) => netlink.link(&name).await?,
+        None => None,
+    };
+    let device = device.ok_or_else(|| {
+        anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
+    })?;
+    // A host route to a bridge does not lead there what the bridge itself hands on.
+    refuse_bridge("the pod", address, &device)?;
+    Ok(device.name)
 }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
+use node_redirect::facts::OVERLAY_PORT;
 use tokio::runtime::Runtime;
 
 use super::Failure;
@@ -33,6 +34,9 @@ pub(crate) struct AgentArgs {
     /// Unix socket on which the proxy is expected (default: ztunnel.sock in the run directory)
     #[arg(long, env = "ZTUNNEL_UDS_ADDRESS", value_name = "PATH")]
     zds_socket: Option<PathBuf>,
+    /// Node capture: UDP port of the tunnels between the node and its proxy, of whichever kind they are
+    #[arg(long, env = "AMBIDEX_GENEVE_PORT", value_name = "PORT", default_value_t = OVERLAY_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    geneve_port: u16,
     /// Capture the pods' DNS queries too; the proxy answers them
     #[arg(
         long,
@@ -78,6 +82,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
     let config = AgentConfig {
         mode: args.capture.mode,
         variant: args.capture.variant,
+        geneve_port: args.geneve_port,
         dns_capture: args.dns_capture,
         zds_socket: args
             .zds_socket

@@ -33,6 +33,9 @@ pub(crate) struct DoctorArgs {
     /// Directory of the container runtime's network configurations
     #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
     cni_conf_dir: PathBuf,
+    /// UDP port that the agent's tunnels are to have
+    #[arg(long, env = "AMBIDEX_GENEVE_PORT", value_name = "PORT")]
+    geneve_port: Option<u16>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -70,7 +73,10 @@ pub(crate) fn run(args: DoctorArgs) -> Result<(), Failure> {
     }
     let facts = match &args.facts {
         Some(path) => recorded(path)?,
-        None => block_on(collect(&Sources::from_env(args.cni_conf_dir)))?,
+        None => block_on(collect(&Sources {
+            overlay_port: args.geneve_port,
+            ..Sources::from_env(args.cni_conf_dir)
+        }))?,
     };
     if let Some(path) = &args.record {
         let text = format!("{}\n", serde_json::to_string_pretty(&facts)?);

@@ -7,8 +7,8 @@ use host_net::plan::{Family, OverlayKind};
 use inpod_redirect::facts::PROBES_SET;
 use ipnet::{IpNet, Ipv4Net};
 use node_redirect::facts::{
-    LIVE_PODS_SET, OVERLAY_PORT, PODS_SET, TABLE_INBOUND, TABLE_STAYS_IN, TUNNEL_IN, TUNNEL_OUT,
-    TUNNEL_PREFIX, Tunnel,
+    LIVE_PODS_SET, PODS_SET, TABLE_INBOUND, TABLE_STAYS_IN, TUNNEL_IN, TUNNEL_OUT, TUNNEL_PREFIX,
+    Tunnel,
 };
 use shared_proxy::capture::{
     DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, SAME_NODE_HBONE_PORT,
@@ -16,13 +16,11 @@ use shared_proxy::capture::{
 use shared_proxy::telemetry::admin::{ADMIN_PORT, METRICS_PORT, READINESS_PORT};
 
 use super::catalogue::{BOTH, Check, Found, INPOD, NODE};
-use super::facts::{Daemon, Device, Facts};
+use super::facts::{Daemon, Device, Facts, NODE_PLAN};
 use super::filters::HOST_MARKS;
 
 /// Preferences of the node capture's rules.
 const NODE_RULES: RangeInclusive<u32> = 99..=103;
-/// Under this name the journal has the node capture's objects on the node.
-const NODE_PLAN: &str = "host-node";
 /// Under this name the in-pod capture's.
 const INPOD_PLAN: &str = "host-inpod";
 /// Ports of the agent's pages in the node's namespace.
@@ -136,23 +134,28 @@ pub(super) static CHECKS: [Check; 13] = [
         why: "the kernel refuses a second device of the same network, port and kind",
         fix: "let the owner of OBJECT choose another network identifier or port",
         look: |facts| {
-            tunnels(facts, |ours, device, _| {
-                (!device.0.external && device.0.vni == ours.vni && device.0.port == OVERLAY_PORT)
-                    .then(|| {
-                        Found::fail(
-                            &device.1.name,
-                            format!("{} id {} dstport {OVERLAY_PORT}", device.0.kind, ours.vni),
-                        )
-                    })
+            tunnels(facts, |ours, device, facts| {
+                (!device.0.external
+                    && device.0.vni == ours.vni
+                    && device.0.port == facts.overlay_port())
+                .then(|| {
+                    Found::fail(
+                        &device.1.name,
+                        format!(
+                            "{} id {} dstport {}",
+                            device.0.kind, ours.vni, device.0.port
+                        ),
+                    )
+                })
             })
         },
     },
     Check {
         id: "node/overlay-port",
-        title: "UDP port 6081 is free for the tunnels",
+        title: "the UDP port of the tunnels is free (6081, or that of --geneve-port)",
         modes: NODE,
         why: "the kernel refuses a tunnel on a port that a device with parameters in every packet (OVN, Cilium) or a program has",
-        fix: "let the owner of OBJECT use another port, choose the other --overlay, or --mode inpod",
+        fix: "ambidex agent --geneve-port PORT with one that OBJECT does not use, or --mode inpod",
         look: overlay_port,
     },
     Check {
@@ -259,7 +262,7 @@ fn taken(facts: &Facts, ports: &[u16], found: impl Fn(u16) -> Found) -> Vec<Foun
 fn device_clash(facts: &Facts, tunnel: &Tunnel) -> Option<Found> {
     let device = facts.device(tunnel.host)?;
     let fits = device.overlay.as_ref().is_some_and(|overlay| {
-        overlay.vni == tunnel.vni && overlay.port == OVERLAY_PORT && !overlay.external
+        overlay.vni == tunnel.vni && !overlay.external && overlay.port == facts.overlay_port()
     });
     if !fits {
         let kind = device.kind.as_deref().unwrap_or("physical");
@@ -307,8 +310,9 @@ fn tunnels(
 }
 
 fn overlay_port(facts: &Facts) -> Vec<Found> {
+    let port = facts.overlay_port();
     let on_port: Vec<_> = foreign_tunnels(facts)
-        .filter(|(tunnel, _)| tunnel.port == OVERLAY_PORT)
+        .filter(|(tunnel, _)| tunnel.port == port)
         .collect();
     let external = on_port.iter().filter(|(tunnel, _)| tunnel.external);
     let mut found: Vec<Found> = external
@@ -319,7 +323,7 @@ fn overlay_port(facts: &Facts) -> Vec<Found> {
             };
             Found::fail(
                 &device.name,
-                format!("is {kind} with parameters in every packet on port {OVERLAY_PORT}"),
+                format!("is {kind} with parameters in every packet on port {port}"),
             )
         })
         .collect();
@@ -328,13 +332,10 @@ fn overlay_port(facts: &Facts) -> Vec<Found> {
         device
             .overlay
             .as_ref()
-            .is_some_and(|tunnel| tunnel.port == OVERLAY_PORT)
+            .is_some_and(|tunnel| tunnel.port == port)
     });
-    if facts.udp_ports.contains(&OVERLAY_PORT) && !of_a_device {
-        found.push(Found::fail(
-            format!("UDP port {OVERLAY_PORT}"),
-            "a program has it",
-        ));
+    if facts.udp_ports.contains(&port) && !of_a_device {
+        found.push(Found::fail(format!("UDP port {port}"), "a program has it"));
     }
     found
 }

@@ -21,6 +21,8 @@ pub struct Sources {
     pub state_dir: PathBuf,
     /// Network configurations of the container runtime.
     pub cni_conf_dir: PathBuf,
+    /// See [`Facts::overlay_port`].
+    pub overlay_port: Option<u16>,
 }
 
 impl Sources {
@@ -30,6 +32,7 @@ impl Sources {
             run_dir: RunDir::from_env(),
             state_dir: state_dir(),
             cni_conf_dir,
+            overlay_port: None,
         }
     }
 }
@@ -38,6 +41,7 @@ impl Sources {
 pub async fn collect(sources: &Sources) -> Facts {
     let mut facts = Facts {
         kernel: machine::kernel(),
+        overlay_port: sources.overlay_port,
         iptables_choice: std::env::var(host_net::iptables::VARIANT_VARIABLE).ok(),
         ..Facts::default()
     };

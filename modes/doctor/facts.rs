@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use host_net::iptables::TableInUse;
 use host_net::plan::{Family, MarkMatch, OverlayKind};
 use ipnet::IpNet;
+use node_redirect::facts::{OVERLAY_PORT, TUNNEL_IN};
 use serde::{Deserialize, Serialize};
 
 /// A machine as seen from one network namespace. What is absent is not known, and nothing is concluded from it.
@@ -61,6 +62,8 @@ pub struct Facts {
     pub proxies: BTreeMap<String, Daemon>,
     /// Sysctls of the proxy's own namespace, where it could be found.
     pub proxy_sysctls: BTreeMap<String, String>,
+    /// The UDP port that the tunnels are to have (`--geneve-port`), if not that of those that stand, or else the usual one.
+    pub overlay_port: Option<u16>,
     /// What could not be looked at, and why.
     pub unreadable: BTreeMap<String, String>,
 }
@@ -310,6 +313,16 @@ impl Facts {
         self.state.as_ref().is_some_and(made)
     }
 
+    /// The UDP port that the tunnels have or are to have.
+    pub(super) fn overlay_port(&self) -> u16 {
+        let standing = || {
+            let device = self.device(TUNNEL_IN.host)?;
+            let ours = self.made(NODE_PLAN);
+            Some(device.overlay.as_ref().filter(|_| ours)?.port)
+        };
+        self.overlay_port.or_else(standing).unwrap_or(OVERLAY_PORT)
+    }
+
     /// Whether the main table leads anywhere at all.
     pub(super) fn has_default_route(&self) -> bool {
         let main = self.routes.iter().filter(|route| route.table == MAIN);
@@ -333,5 +346,7 @@ impl Facts {
     }
 }
 
+/// Under this name the journal has the node capture's objects on the node.
+pub(super) const NODE_PLAN: &str = "host-node";
 /// The main routing table.
 pub(super) const MAIN: u32 = 254;
