@@ -27,6 +27,7 @@ mod pods;
 pub mod removal;
 mod restore;
 pub mod running;
+mod settling;
 mod strangers;
 mod subject;
 pub mod timings;
@@ -184,6 +185,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     ));
     let drainer = Arc::clone(&agent);
     let drain_task = tokio::spawn(async move { drainer.attend_drains().await });
+    let settle_task = tokio::spawn(Arc::clone(&agent).attend_older_connections());
     let source_tasks = agent.kubernetes.as_ref().map(|source| source.start(&agent));
     let keep_task = tokio::spawn(Arc::clone(&agent).keep(agent.config.verify_every));
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
@@ -196,6 +198,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     events_task.abort();
     api_task.abort();
     drain_task.abort();
+    settle_task.abort();
     keep_task.abort();
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());

@@ -50,3 +50,9 @@ pub const GUARD_INPUT_CHAIN: &str = "AMBIDEX_GUARD_IN";
 
 /// Ours: iptables chain (filter) that drops what would leave the pod past the proxy.
 pub const GUARD_OUTPUT_CHAIN: &str = "AMBIDEX_GUARD_OUT";
+
+/// Ours: iptables chain (mangle or nat) that keeps connections which are older than the capture out of it, on their way in.
+pub const OLDER_INPUT_CHAIN: &str = "AMBIDEX_OLDER_IN";
+
+/// Ours: iptables chain (nat) that keeps connections which are older than the capture out of it, on their way out.
+pub const OLDER_OUTPUT_CHAIN: &str = "AMBIDEX_OLDER_OUT";

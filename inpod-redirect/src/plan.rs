@@ -1,6 +1,6 @@
 //! The in-pod capture as kernel objects: in the pod's namespace, and on the node what exempts probes.
 //!
-//! Only connections that begin (`SYN`) are redirected, so those that are open when the pod is enrolled go on. What the
+//! The field's chains are the field's, rule for rule, in each [`Style`]; what we add stands in chains of our own. What the
 //! proxy sends carries its mark and is let through; what it sends to the application with the client's address comes over
 //! `lo`, marks its connection, and the application's answers follow that mark back to `lo` instead of leaving the pod.
 
@@ -11,11 +11,22 @@ use host_net::plan::{
     RuleAction, Set, Step, Table,
 };
 use ipnet::{IpNet, Ipv4Net};
-use shared_proxy::capture::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
+use shared_proxy::capture::{HBONE_PORT, INBOUND_PLAINTEXT_PORT};
 
 use crate::facts::*;
 
 mod guard;
+mod iptables;
+
+/// Which rules capture inside a pod. All lead to the same sockets, so a pod can go from one to another while it is
+/// captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Style {
+    /// iptables, nat REDIRECT in both directions (Istio since 1.24).
+    Redirect,
+    /// iptables, TPROXY for what comes in and nat REDIRECT for what goes out (Istio 1.21 to 1.23).
+    Tproxy,
+}
 
 /// What a captured pod's plans have to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,8 +39,10 @@ pub struct PodFacts {
     pub ipv6: bool,
     /// Whether its DNS queries are captured.
     pub dns: bool,
-    /// Whether the pod was running when it was enrolled: then it has connections that go on uncaptured.
+    /// Whether it has connections that are older than its capture, and go on uncaptured.
     pub live: bool,
+    /// Which rules.
+    pub style: Style,
 }
 
 /// Objects in the pod's namespace.
@@ -48,65 +61,11 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
             .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
     }
     if phase == Phase::Active {
-        plan.steps.extend(guard::chains(facts.live));
+        plan.steps.push(guard::input());
+        plan.steps.push(guard::output(facts.live));
     }
-    plan.steps.push(chain(
-        Table::Mangle,
-        PREROUTING_CHAIN,
-        "PREROUTING",
-        vec![format!(
-            "-m mark --mark {MARK_PROXY} -j CONNMARK --set-xmark {MARK_RETURN}"
-        )],
-    ));
-    plan.steps.push(chain(
-        Table::Mangle,
-        OUTPUT_CHAIN,
-        "OUTPUT",
-        vec![format!(
-            "-m connmark --mark {MARK_RETURN} -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
-        )],
-    ));
-    // While draining, the chains stay without what redirects: connections that were redirected need the table's hooks.
-    plan.steps.push(chain(
-        Table::Nat,
-        PREROUTING_CHAIN,
-        "PREROUTING",
-        nat_prerouting(phase),
-    ));
-    plan.steps.push(chain(
-        Table::Nat,
-        OUTPUT_CHAIN,
-        "OUTPUT",
-        nat_output(facts, phase),
-    ));
-    if facts.dns {
-        plan.steps.extend(dns_zone());
-    }
+    plan.steps.extend(iptables::chains(facts, phase));
     plan
-}
-
-/// The proxy's own queries are tracked apart from the pod's. A pod's query stays known as redirected for half a minute
-/// after its answer; the proxy's next query from the same port would be taken for one more of it, and be redirected too.
-fn dns_zone() -> [Step; 2] {
-    let zone = format!("-j CT --zone {DNS_ZONE}");
-    [
-        chain(
-            Table::Raw,
-            PREROUTING_CHAIN,
-            "PREROUTING",
-            vec![format!(
-                "-p udp -m udp --sport 53 -m mark ! --mark {MARK_PROXY} {zone}"
-            )],
-        ),
-        chain(
-            Table::Raw,
-            OUTPUT_CHAIN,
-            "OUTPUT",
-            vec![format!(
-                "-p udp -m udp --dport 53 -m mark --mark {MARK_PROXY} {zone}"
-            )],
-        ),
-    ]
 }
 
 /// Everything is delivered here.
@@ -135,40 +94,6 @@ fn return_rule(priority: u32, table: u32) -> Step {
 
 /// Begins a connection: `--syn` as `iptables-save` prints it.
 const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
-
-fn nat_prerouting(phase: Phase) -> Vec<String> {
-    let mut rules = vec![format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT")];
-    if phase == Phase::Active {
-        rules.push(format!(
-            "! -d 127.0.0.1/32 -p tcp -m tcp ! --dport {HBONE_PORT} {SYN} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {INBOUND_PLAINTEXT_PORT}"
-        ));
-    }
-    rules
-}
-
-fn nat_output(facts: &PodFacts, phase: Phase) -> Vec<String> {
-    let mut rules = vec![format!("-d {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT")];
-    if facts.dns && phase == Phase::Active {
-        rules.extend([
-            format!(
-                "! -o lo -p udp -m udp --dport 53 -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {DNS_PORT}"
-            ),
-            format!(
-                "! -d 127.0.0.1/32 -p tcp -m tcp --dport 53 {SYN} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {DNS_PORT}"
-            ),
-        ]);
-    }
-    rules.extend([
-        format!("-p tcp -m mark --mark {MARK_RETURN} -j ACCEPT"),
-        "! -d 127.0.0.1/32 -o lo -j ACCEPT".to_owned(),
-    ]);
-    if phase == Phase::Active {
-        rules.push(format!(
-            "! -d 127.0.0.1/32 -p tcp -m tcp {SYN} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {OUTBOUND_PORT}"
-        ));
-    }
-    rules
-}
 
 /// Objects on the node, shared by all captured pods: the node's own connections to them get the probe address.
 pub fn host() -> Plan {
@@ -210,19 +135,6 @@ pub fn host_pod(facts: &PodFacts, phase: Phase) -> Plan {
         }));
     }
     plan
-}
-
-fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
-    Step::Chain(Chain {
-        family: Family::V4,
-        table,
-        name: name.to_owned(),
-        rules,
-        jump: Some(Jump {
-            from: from.to_owned(),
-            position: Position::Last,
-        }),
-    })
 }
 
 fn v6_chain(name: &str, from: &str, rule: &str) -> Step {

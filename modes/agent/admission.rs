@@ -135,6 +135,7 @@ pub(super) async fn admit(
         mode: wanted.mode,
         state: PodState::Pending,
         live: false,
+        settled: false,
         drains_until: None,
     };
     refuse_second_attachment(agent, &pod)?;

@@ -111,6 +111,8 @@ impl Agent {
         let pod = Pod {
             state: PodState::Draining,
             drains_until: Some(now().saturating_add(within.as_secs())),
+            // What begins from here on is not captured, and goes on if it is enrolled again.
+            settled: false,
             ..pod.clone()
         };
         self.awaited.forget(&pod.uid);
@@ -219,6 +221,22 @@ impl Agent {
         }
     }
 
+    /// The connections of a pod that do not go through the proxy.
+    pub(super) fn outside(&self, pod: &Pod) -> anyhow::Result<BTreeSet<Connection>> {
+        let in_pod = connections(&pod.open_netns()?)?;
+        let proxys = self.proxy_ends(pod)?;
+        Ok(sort(pod, &self.nodes_of(pod)?, &in_pod, &proxys).outside)
+    }
+
+    /// The addresses from which the node itself speaks with a pod.
+    fn nodes_of(&self, pod: &Pod) -> anyhow::Result<BTreeSet<IpAddr>> {
+        Ok(match pod.mode {
+            // What the node says to a captured pod comes from here; what it said before is older than the capture.
+            Capture::Inpod => BTreeSet::from([IpAddr::from(PROBE_ADDRESS)]),
+            Capture::Node => addresses_of(&self.host)?,
+        })
+    }
+
     async fn end_if_drained(&self, pod: &Pod) -> anyhow::Result<()> {
         // Where the kernel cannot be asked, the time decides.
         let left = self
@@ -258,12 +276,14 @@ impl Agent {
     pub(super) fn connections_of(&self, pod: &Pod) -> anyhow::Result<PodConnections> {
         let in_pod = connections(&pod.open_netns()?)?;
         let proxys = self.proxy_ends(pod)?;
-        let nodes = match pod.mode {
-            // What the node says to a captured pod comes from here; what it said before is older than the capture.
-            Capture::Inpod => BTreeSet::from([IpAddr::from(PROBE_ADDRESS)]),
-            Capture::Node => addresses_of(&self.host)?,
-        };
-        Ok(count(pod, &nodes, &in_pod, &proxys))
+        let sorted = sort(pod, &self.nodes_of(pod)?, &in_pod, &proxys);
+        Ok(PodConnections {
+            uid: pod.uid.clone(),
+            outside: sorted.outside.len(),
+            through: sorted.through,
+            node: sorted.node,
+            cut: sorted.cut,
+        })
     }
 
     /// The proxy's sockets that speak with the pod, or for it.
@@ -305,14 +325,23 @@ fn is_proxys(end: &Connection) -> bool {
     end.mark & MARK_PROXY.mask == MARK_PROXY.value
 }
 
+/// A pod's connections by the way that they go, as in [`PodConnections`].
+#[derive(Default)]
+struct Sorted {
+    outside: BTreeSet<Connection>,
+    through: usize,
+    node: usize,
+    cut: usize,
+}
+
 /// An application's connection goes through the proxy if the proxy has a socket that speaks with it: with the address of
 /// its peer, or, for redirected ones, from one of the ports that they are redirected to.
-fn count(
+fn sort(
     pod: &Pod,
     nodes: &BTreeSet<IpAddr>,
     in_pod: &[Connection],
     proxys: &[Connection],
-) -> PodConnections {
+) -> Sorted {
     let peers: BTreeSet<(SocketAddr, SocketAddr)> =
         proxys.iter().map(|end| (end.peer, end.local)).collect();
     // Two connections to different servers may have one port, and only one of them may have been redirected.
@@ -323,30 +352,27 @@ fn count(
         }
     }
     let within = |ip: IpAddr| ip.is_loopback() || pod.addresses.contains(&ip);
-    let mut counted = PodConnections {
-        uid: pod.uid.clone(),
-        ..PodConnections::default()
-    };
+    let mut sorted = Sorted::default();
     for end in in_pod {
         if is_proxys(end) {
             continue;
         }
         if peers.contains(&(end.local, end.peer)) {
-            counted.through += 1;
+            sorted.through += 1;
         } else if let Some(left @ 1..) = redirected.get_mut(&end.local) {
             *left -= 1;
-            counted.through += 1;
+            sorted.through += 1;
         } else if within(end.peer.ip()) {
             continue;
         } else if nodes.contains(&end.peer.ip()) {
-            counted.node += 1;
+            sorted.node += 1;
         } else if end.peer.is_ipv6() && pod.state != PodState::Draining {
-            counted.cut += 1;
+            sorted.cut += 1;
         } else {
-            counted.outside += 1;
+            sorted.outside.insert(*end);
         }
     }
-    counted
+    sorted
 }
 
 fn now() -> u64 {

@@ -106,6 +106,9 @@ impl Agent {
         // Whoever repeats it need not know that it was running the first time.
         let pod = Pod {
             live: pod.live || known.as_ref().is_some_and(|known| known.live),
+            settled: known
+                .as_ref()
+                .is_some_and(|known| known.settled && known.state == PodState::Captured),
             ..pod
         };
         let captured = Pod {

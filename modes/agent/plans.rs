@@ -5,15 +5,24 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::anyhow;
 use host_net::netlink::Netlink;
 use host_net::plan::{Phase, Place, Plan};
+use inpod_redirect::plan::Style;
 use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
 use super::datapath::refuse_bridge;
 use super::node::{MAIN_TABLE, has_ipv6};
 use super::{Agent, Pod, PodState};
-use crate::options::Capture;
+use crate::options::{Capture, InpodRules};
 
 impl Agent {
+    /// Which rules capture inside pods.
+    pub(super) fn style(&self) -> Style {
+        match self.config.variant.inpod_rules {
+            InpodRules::Redirect => Style::Redirect,
+            InpodRules::Tproxy => Style::Tproxy,
+        }
+    }
+
     /// The plans of a pod in its state with their places, in the order of making.
     pub(super) async fn pod_plans(&self, pod: &Pod) -> anyhow::Result<Vec<(Place, Plan)>> {
         let address = pod
@@ -59,7 +68,8 @@ impl Agent {
                     ip: address,
                     ipv6: has_ipv6(&netns),
                     dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
-                    live: pod.live,
+                    live: pod.live && !pod.settled,
+                    style: self.style(),
                 };
                 let place = Place {
                     label: format!("pod {}", pod.qualified_name()),

@@ -78,6 +78,9 @@ pub struct Pod {
     /// Whether it was running when it was enrolled: then it has connections that go on uncaptured.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
+    /// Whether those connections have ended since.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub settled: bool,
     /// While it drains: when that ends, in seconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drains_until: Option<u64>,
@@ -290,6 +293,7 @@ mod tests {
             mode: Capture::Inpod,
             state: PodState::Pending,
             live: false,
+            settled: false,
             drains_until: None,
         }
     }

@@ -14,26 +14,28 @@ pub(super) fn spare_way_back() -> [Step; 2] {
     ]
 }
 
-/// Drops connections that begin past the proxy, in either direction, and answers that would leave past it. Connections
-/// that are older than the capture go on.
+/// Drops connections that would come in past the proxy: what begins and is neither led to one of the proxy's ports nor
+/// handed to one of its sockets. It fits every style, so that a pod has it while it goes from one to another.
+pub(super) fn input() -> Step {
+    chain(
+        GUARD_INPUT_CHAIN,
+        "INPUT",
+        vec![
+            format!("-s {PROBE_ADDRESS}/32 -j RETURN"),
+            format!(
+                "! -i lo -p tcp -m tcp {SYN} -m multiport ! --dports {INBOUND_PLAINTEXT_PORT},{HBONE_PORT} -m mark ! --mark {MARK_RETURN} -j DROP"
+            ),
+        ],
+    )
+}
+
+/// Drops connections that begin past the proxy, and answers that would leave past it. Connections that are older than the
+/// capture go on.
 ///
 /// What goes on without an entry in connection tracking is either older than the capture or has lost its entry (a flush, a
-/// timeout), and with it the way to the proxy. A pod that was captured before it ran (not `live`) has only the latter.
-pub(super) fn chains(live: bool) -> [Step; 2] {
-    let chain = |name: &str, from: &str, rules: Vec<String>| {
-        Step::Chain(Chain {
-            family: Family::V4,
-            table: Table::Filter,
-            name: name.to_owned(),
-            rules,
-            // Before whatever accepts.
-            jump: Some(Jump {
-                from: from.to_owned(),
-                position: Position::First,
-            }),
-        })
-    };
-    let mut out = vec![
+/// timeout), and with it the way to the proxy. Where nothing is older any more (not `live`) there is only the latter.
+pub(super) fn output(live: bool) -> Step {
+    let mut rules = vec![
         // The output device is the one before anything was redirected or led back.
         format!("! -o lo -m connmark --mark {MARK_RETURN} -m mark ! --mark {MARK_RETURN} -j DROP"),
         format!("-d {PROBE_ADDRESS}/32 -j RETURN"),
@@ -42,21 +44,23 @@ pub(super) fn chains(live: bool) -> [Step; 2] {
         ),
     ];
     if !live {
-        out.push(format!(
+        rules.push(format!(
             "! -o lo -p tcp -m tcp ! {SYN} -m conntrack --ctstate NEW -m mark ! --mark {MARK_PROXY} -j DROP"
         ));
     }
-    [
-        chain(
-            GUARD_INPUT_CHAIN,
-            "INPUT",
-            vec![
-                format!("-s {PROBE_ADDRESS}/32 -j RETURN"),
-                format!(
-                    "! -i lo -p tcp -m tcp {SYN} -m multiport ! --dports {INBOUND_PLAINTEXT_PORT},{HBONE_PORT} -j DROP"
-                ),
-            ],
-        ),
-        chain(GUARD_OUTPUT_CHAIN, "OUTPUT", out),
-    ]
+    chain(GUARD_OUTPUT_CHAIN, "OUTPUT", rules)
+}
+
+fn chain(name: &str, from: &str, rules: Vec<String>) -> Step {
+    Step::Chain(Chain {
+        family: Family::V4,
+        table: Table::Filter,
+        name: name.to_owned(),
+        rules,
+        // Before whatever accepts.
+        jump: Some(Jump {
+            from: from.to_owned(),
+            position: Position::First,
+        }),
+    })
 }

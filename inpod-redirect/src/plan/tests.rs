@@ -11,6 +11,7 @@ fn facts() -> PodFacts {
         ipv6: true,
         dns: false,
         live: false,
+        style: Style::Redirect,
     }
 }
 
@@ -34,6 +35,36 @@ fn with_dns() {
     };
     snapshot("pod_dns_active", &pod(&facts, Phase::Active));
     snapshot("pod_dns_draining", &pod(&facts, Phase::Draining));
+}
+
+#[test]
+fn tproxy_in_every_phase() {
+    let facts = |live| PodFacts {
+        style: Style::Tproxy,
+        live,
+        ..facts()
+    };
+    snapshot("pod_tproxy_active", &pod(&facts(false), Phase::Active));
+    snapshot("pod_tproxy_live", &pod(&facts(true), Phase::Active));
+    snapshot("pod_tproxy_draining", &pod(&facts(true), Phase::Draining));
+}
+
+/// A pod that ran before has the field's chains as they are, too; what it has in addition stands in chains of ours.
+#[test]
+fn older_connections_change_no_chain_of_the_field() {
+    for style in [Style::Redirect, Style::Tproxy] {
+        let field = |live| {
+            let facts = PodFacts {
+                style,
+                live,
+                ..facts()
+            };
+            let mut steps = pod(&facts, Phase::Active).steps;
+            steps.retain(|step| matches!(step, Step::Chain(c) if c.name.starts_with("ISTIO_")));
+            steps
+        };
+        assert_eq!(field(true), field(false), "{style:?}");
+    }
 }
 
 /// Only what a pod that was captured before it ran goes on with, has lost its way to the proxy.

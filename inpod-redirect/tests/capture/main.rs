@@ -9,8 +9,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use host_net::plan::Phase;
+use inpod_redirect::plan::Style;
 use node::{A, C, Connection, H, Node, PORT, Pod, V, VIP_OF_A};
 use relay::{Seen, Way};
+use rstest::rstest;
 use tokio::time::timeout;
 
 /// Longer than anything takes that works.
@@ -54,9 +56,12 @@ async fn assert_alive(what: &str, connections: &mut [Connection]) {
     }
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn every_pair_goes_its_way_and_keeps_the_clients_address() {
-    let mut node = Node::up();
+async fn every_pair_goes_its_way_and_keeps_the_clients_address(
+    #[values(Style::Redirect, Style::Tproxy)] style: Style,
+) {
+    let mut node = Node::up(style);
     node.enrol(A, Phase::Active).await;
     node.enrol(C, Phase::Active).await;
     let out = |client, dst| seen(client, Way::Outbound, client, dst);
@@ -102,9 +107,12 @@ async fn every_pair_goes_its_way_and_keeps_the_clients_address() {
     }
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_outlive_enrolment_and_unenrolment() {
-    let mut node = Node::up();
+async fn connections_outlive_enrolment_and_unenrolment(
+    #[values(Style::Redirect, Style::Tproxy)] style: Style,
+) {
+    let mut node = Node::up(style);
     let mut old = Vec::new();
     for (from, to) in [(A, at(V)), (V, at(A)), (H, at(A))] {
         old.push(open(&node, from, to).await.unwrap().0);
@@ -129,7 +137,7 @@ async fn connections_outlive_enrolment_and_unenrolment() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_captured_pods_ipv6_goes_nowhere() {
-    let mut node = Node::up();
+    let mut node = Node::up(Style::Redirect);
     node.ipv6();
     let ways = [(A, V), (V, A)];
     let crosses = async |node: &Node, (from, to): (Pod, Pod)| {
@@ -148,9 +156,51 @@ async fn a_captured_pods_ipv6_goes_nowhere() {
     assert!(crosses(&node, (V, C)).await, "others are not touched");
 }
 
+/// A pod goes from one style to another, and neither what is captured nor what is older notices.
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_left_of_the_plans() {
-    let mut node = Node::up();
+async fn connections_outlive_a_change_of_style(
+    #[values(Style::Redirect, Style::Tproxy)] first: Style,
+    #[values(Style::Redirect, Style::Tproxy)] second: Style,
+) {
+    if first == second {
+        return;
+    }
+    let mut node = Node::up(first);
+    let ways = [(A, at(V)), (V, at(A)), (H, at(A)), (A, at(C)), (C, at(A))];
+    let mut older = Vec::new();
+    let mut idle = Vec::new();
+    for (from, to) in ways {
+        older.push(open(&node, from, to).await.unwrap().0);
+        idle.push(open(&node, from, to).await.unwrap().0);
+    }
+    node.enrol(A, Phase::Active).await;
+    node.enrol(C, Phase::Active).await;
+    let mut captured = Vec::new();
+    for (from, to) in ways {
+        captured.push(open(&node, from, to).await.unwrap().0);
+    }
+    assert_alive("enrolled, older", &mut older).await;
+    for style in [second, first, second] {
+        node.style = style;
+        node.enrol(A, Phase::Active).await;
+        let what = format!("{style:?}");
+        assert_alive(&format!("{what}, captured"), &mut captured).await;
+        assert_alive(&format!("{what}, older"), &mut older).await;
+        node.forget_seen();
+        let seen_by = sees(&node, V, at(A)).await;
+        assert_eq!(seen_by, Ok(IpAddr::V4(V.ip)), "{what}");
+        let (seen_by, way) = (sees(&node, A, at(V)).await, node.seen());
+        assert_eq!(seen_by, Ok(IpAddr::V4(A.ip)), "{what}");
+        assert_eq!(way.len(), 2, "{what}: new ones are captured: {way:?}");
+    }
+    assert_alive("idle all the time", &mut idle).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_left_of_the_plans(#[values(Style::Redirect, Style::Tproxy)] style: Style) {
+    let mut node = Node::up(style);
     let before = node.state().await;
     node.enrol(A, Phase::Active).await;
     assert_ne!(node.state().await, before);

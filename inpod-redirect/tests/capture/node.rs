@@ -12,7 +12,7 @@ use host_net::engine;
 use host_net::journal::Journal;
 use host_net::netns::Netns;
 use host_net::plan::{Phase, Place, Plan};
-use inpod_redirect::plan::{self, PodFacts};
+use inpod_redirect::plan::{self, PodFacts, Style};
 use inpod_redirect::scope::InpodScope;
 use shared_proxy::capture::LocalWorkload;
 use tempfile::TempDir;
@@ -57,6 +57,8 @@ pub struct Node {
     enrolled: BTreeMap<&'static str, Plan>,
     relays: BTreeMap<&'static str, JoinSet<()>>,
     journals: TempDir,
+    /// Rules of the pods that are enrolled from here on.
+    pub style: Style,
 }
 
 impl Drop for Node {
@@ -71,7 +73,7 @@ impl Drop for Node {
 
 impl Node {
     /// Namespaces, links and echo servers.
-    pub fn up() -> Self {
+    pub fn up(style: Style) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let mut node = Self {
@@ -81,6 +83,7 @@ impl Node {
             enrolled: BTreeMap::new(),
             relays: BTreeMap::new(),
             journals: tempfile::tempdir().unwrap(),
+            style,
         };
         node.cables();
         for pod in [A, C, V] {
@@ -182,11 +185,11 @@ impl Node {
             self.relays.insert(pod.netns, relay);
             self.apply(H, &Plan::empty("host-inpod"), &plan::host())
                 .await;
-            let host_pod = plan::host_pod(&facts(pod), phase);
+            let host_pod = plan::host_pod(&facts(pod, self.style), phase);
             self.apply(H, &Plan::empty(host_pod.name.clone()), &host_pod)
                 .await;
         }
-        let to = plan::pod(&facts(pod), phase);
+        let to = plan::pod(&facts(pod, self.style), phase);
         let from = self
             .enrolled
             .insert(pod.netns, to.clone())
@@ -213,7 +216,7 @@ impl Node {
         let in_pod = self.enrolled.remove(A.netns).unwrap();
         for (at, plan) in [
             (A, in_pod),
-            (H, plan::host_pod(&facts(A), Phase::Active)),
+            (H, plan::host_pod(&facts(A, self.style), Phase::Active)),
             (H, plan::host()),
         ] {
             let (place, journal) = self.place(at);
@@ -251,13 +254,14 @@ impl Node {
     }
 }
 
-fn facts(pod: Pod) -> PodFacts {
+fn facts(pod: Pod, style: Style) -> PodFacts {
     PodFacts {
         uid: format!("uid-{}", pod.netns),
         ip: pod.ip,
         ipv6: true,
         dns: false,
         live: true,
+        style,
     }
 }
 

@@ -245,8 +245,10 @@ words! {
     }
     /// Which rules capture inside a pod.
     "in-pod rules" InpodRules {
-        /// nat REDIRECT.
+        /// iptables: nat REDIRECT.
         Redirect = "redirect",
+        /// iptables: TPROXY inbound, nat REDIRECT outbound.
+        Tproxy = "tproxy",
     }
     /// The overlay device of the node capture.
     "overlay" Overlay {

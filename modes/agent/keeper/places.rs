@@ -166,6 +166,7 @@ mod tests {
             mode: Capture::Inpod,
             state: PodState::Captured,
             live: false,
+            settled: false,
             drains_until: None,
         };
         let mut namespaces = Namespaces::default();
