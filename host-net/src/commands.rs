@@ -7,6 +7,7 @@
 
 use crate::engine::program;
 use crate::netlink::ROUTE_PROTOCOL;
+use crate::nft;
 use crate::plan::{
     Address, Chain, ChainRule, Family, Link, Member, OverlayKind, Plan, Position, Route, RouteKind,
     RouteScope, Rule, RuleAction, Set, Step, Sysctl,
@@ -97,6 +98,10 @@ fn make(step: &Step) -> Vec<String> {
             Some(comment) => format!("ipset add {set} {ip} comment {}", quoted(comment)),
             None => format!("ipset add {set} {ip}"),
         }],
+        Step::NftTable(table) => nft::commands(table)
+            .iter()
+            .map(|command| format!("nft {}", quoted(command)))
+            .collect(),
         Step::Chain(_) | Step::ChainRule(_) => Vec::new(),
     }
 }
@@ -112,6 +117,7 @@ fn unmake(step: &Step) -> String {
         ),
         Step::Route(r) => format!("ip route del {} proto {ROUTE_PROTOCOL}", route_words(r)),
         Step::Sysctl(s) => format!("# put back the previous value of /proc/sys/{}", s.key),
+        Step::NftTable(table) => format!("nft delete table inet {}", table.name),
         Step::Set(set) => format!("ipset destroy {}", set.name),
         Step::Member(m) => format!("ipset del {} {}", m.set, m.ip),
         Step::Chain(_) | Step::ChainRule(_) => String::new(),

@@ -6,7 +6,7 @@
 mod choice;
 mod error;
 mod nf_tables;
-mod process;
+pub(crate) mod process;
 mod reading;
 mod ruleset;
 mod script;

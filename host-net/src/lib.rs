@@ -6,7 +6,7 @@
 //! would have typed ([`commands::as_commands`]). It knows no mode and no proxy.
 //!
 //! Modules, bottom up: [`netns`] (namespaces), [`netlink`] (links, addresses, rules, routes), [`ipset`], [`iptables`],
-//! [`sysctl`], then [`plan`], [`journal`], [`engine`], [`commands`], [`dump`]; beside
+//! [`nft`], [`sysctl`], then [`plan`], [`journal`], [`engine`], [`commands`], [`dump`]; beside
 //! them [`watch`] (hearing of changes) and [`sockets`] (who listens).
 #![deny(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod journal;
 pub mod netlink;
 pub mod netns;
 mod nfnetlink;
+pub mod nft;
 pub mod plan;
 pub mod sockets;
 pub mod sysctl;

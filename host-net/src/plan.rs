@@ -71,6 +71,8 @@ pub enum Step {
     Chain(Chain),
     /// A single rule in a chain that is shared with others (built-in chains, or own chains with one rule per pod).
     ChainRule(ChainRule),
+    /// An own nftables table with its complete, ordered content.
+    NftTable(NftTable),
     /// An ipset of type `hash:ip`.
     Set(Set),
     /// One entry of an ipset.
@@ -81,6 +83,11 @@ impl Step {
     /// Whether it is made by iptables.
     pub fn is_firewall(&self) -> bool {
         matches!(self, Step::Chain(_) | Step::ChainRule(_))
+    }
+
+    /// Whether it is rules that packets pass, by whichever program they are made.
+    pub fn is_rules(&self) -> bool {
+        self.is_firewall() || matches!(self, Step::NftTable(_))
     }
 }
 
@@ -309,6 +316,37 @@ pub enum Position {
     First,
     /// Appended.
     Last,
+}
+
+/// An own table of nftables, of the family `inet`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NftTable {
+    /// Name.
+    pub name: String,
+    /// All chains of the table.
+    pub chains: Vec<NftChain>,
+}
+
+/// A chain of an [`NftTable`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NftChain {
+    /// Name.
+    pub name: String,
+    /// Where it hangs in the packet path; none for a chain reached only from others.
+    pub base: Option<NftBase>,
+    /// Rules in nft's language, in order.
+    pub rules: Vec<String>,
+}
+
+/// What makes an nftables chain a base chain.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NftBase {
+    /// `nat`, `filter` or `route`.
+    pub kind: String,
+    /// `prerouting`, `input`, `forward`, `output` or `postrouting`.
+    pub hook: String,
+    /// Lower is passed first.
+    pub priority: i32,
 }
 
 /// One rule in a shared chain.

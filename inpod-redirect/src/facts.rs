@@ -56,3 +56,18 @@ pub const OLDER_INPUT_CHAIN: &str = "AMBIDEX_OLDER_IN";
 
 /// Ours: iptables chain (nat) that keeps connections which are older than the capture out of it, on their way out.
 pub const OLDER_OUTPUT_CHAIN: &str = "AMBIDEX_OLDER_OUT";
+
+/// nftables table (inet) that redirects.
+pub const NFT_NAT_TABLE: &str = "istio-ambient-nat";
+/// nftables table (inet) that marks.
+pub const NFT_MANGLE_TABLE: &str = "istio-ambient-mangle";
+/// nftables table (inet) that keeps the proxy's DNS queries apart.
+pub const NFT_RAW_TABLE: &str = "istio-ambient-raw";
+/// Chain of the nftables tables that is entered from prerouting.
+pub const NFT_PREROUTING_CHAIN: &str = "istio-prerouting";
+/// Chain of the nftables tables that is entered from output.
+pub const NFT_OUTPUT_CHAIN: &str = "istio-output";
+/// Ours: chain of [`NFT_NAT_TABLE`], as [`OLDER_INPUT_CHAIN`] and [`OLDER_OUTPUT_CHAIN`].
+pub const NFT_OLDER_CHAIN: &str = "ambidex-older";
+/// Ours: nftables table (inet) with the guards.
+pub const NFT_GUARD_TABLE: &str = "ambidex-guard";

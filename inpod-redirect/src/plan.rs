@@ -17,6 +17,7 @@ use crate::facts::*;
 
 mod guard;
 mod iptables;
+mod nftables;
 
 /// Which rules capture inside a pod. All lead to the same sockets, so a pod can go from one to another while it is
 /// captured.
@@ -26,6 +27,8 @@ pub enum Style {
     Redirect,
     /// iptables, TPROXY for what comes in and nat REDIRECT for what goes out (Istio 1.21 to 1.23).
     Tproxy,
+    /// nftables, redirection in both directions (Istio since 1.28).
+    Nftables,
 }
 
 /// What a captured pod's plans have to know.
@@ -54,18 +57,47 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     plan.steps.push(all_local(TABLE_LOCAL));
     plan.steps.push(return_rule(RULE_RETURN, TABLE_LOCAL));
     plan.steps.extend(guard::spare_way_back());
-    if facts.ipv6 && phase == Phase::Active {
-        plan.steps
-            .push(v6_chain(V6_INPUT_CHAIN, "INPUT", "! -i lo -j DROP"));
-        plan.steps
-            .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
+    match facts.style {
+        Style::Nftables => plan.steps.extend(nftables::tables(facts, phase)),
+        Style::Redirect | Style::Tproxy => {
+            if facts.ipv6 && phase == Phase::Active {
+                plan.steps
+                    .push(v6_chain(V6_INPUT_CHAIN, "INPUT", "! -i lo -j DROP"));
+                plan.steps
+                    .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
+            }
+            if phase == Phase::Active {
+                plan.steps.push(guard::input());
+                plan.steps.push(guard::output(facts.live));
+            }
+            plan.steps.extend(iptables::chains(facts, phase));
+        }
     }
-    if phase == Phase::Active {
-        plan.steps.push(guard::input());
-        plan.steps.push(guard::output(facts.live));
-    }
-    plan.steps.extend(iptables::chains(facts, phase));
     plan
+}
+
+/// What has to stand between a plan and one of another writer: the rules of both, so that at no moment there are none. Both
+/// lead to the same sockets, and what one of them has redirected, the other does not touch. None if there is nothing between
+/// them.
+pub fn between(old: &Plan, to: &Plan) -> Option<Plan> {
+    let by_iptables = |plan: &Plan| plan.steps.iter().any(Step::is_firewall);
+    let by_nftables = |plan: &Plan| {
+        plan.steps
+            .iter()
+            .any(|step| matches!(step, Step::NftTable(_)))
+    };
+    let changes = by_iptables(old) && by_nftables(to) || by_nftables(old) && by_iptables(to);
+    if !changes {
+        return None;
+    }
+    let mut both = to.clone();
+    let replaced = |step: &&Step| match step {
+        Step::NftTable(_) => !by_nftables(to),
+        step => step.is_firewall() && !by_iptables(to),
+    };
+    both.steps
+        .extend(old.steps.iter().filter(replaced).cloned());
+    Some(both)
 }
 
 /// Everything is delivered here.

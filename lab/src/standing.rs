@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use host_net::netns::Netns;
 
-use crate::topology::{LABS_DIR, LabSpec, Mode, Topology, lab_dir, netns_prefix, spec};
+use crate::topology::{InpodRules, LABS_DIR, LabSpec, Mode, Topology, lab_dir, netns_prefix, spec};
 
 pub use demolish::down;
 pub use process::{Captured, Process};
@@ -239,6 +239,16 @@ impl Lab {
     /// What the lab was built from.
     pub fn spec(&self) -> LabSpec {
         self.lock().record.spec.clone()
+    }
+
+    /// Has agents that are started from here on capture inside pods by other rules.
+    ///
+    /// # Errors
+    /// When the lab's record cannot be written.
+    pub fn choose_inpod_rules(&self, rules: InpodRules) -> Result<()> {
+        let mut inner = self.lock();
+        inner.record.spec.inpod_rules = rules;
+        inner.record.store(&self.dir)
     }
 
     /// What the lab consists of. Pods that are created anew later get other UIDs than these.

@@ -204,7 +204,7 @@ impl Agent {
     /// What differs in one namespace from what the journal says was made there, with the record that each belongs to.
     async fn compare(&self, netns: &Netns, rules: bool) -> anyhow::Result<Vec<(String, Finding)>> {
         let records = self.journal.others_in(netns.id(), "");
-        let wanted = |step: &&Step| rules || !step.is_firewall();
+        let wanted = |step: &&Step| rules || !step.is_rules();
         let steps: Vec<Step> = records
             .iter()
             .flat_map(|record| record.plan.steps.iter().filter(wanted).cloned())

@@ -54,9 +54,9 @@ impl Agent {
 
     /// Brings a place to a plan, from whatever the journal says an earlier agent left there.
     pub(super) async fn converge(&self, place: &Place, to: &Plan) -> anyhow::Result<()> {
-        if self
-            .journal
-            .load(&to.name)?
+        let record = self.journal.load(&to.name)?;
+        if record
+            .as_ref()
             .is_some_and(|record| record.netns != place.netns.id())
         {
             // The namespace was replaced. If the old one still stands, it gets its objects taken away.
@@ -64,7 +64,12 @@ impl Agent {
                 tracing::warn!(%error, plan = to.name, "the namespace of an earlier proxy or pod is not clean");
             }
         }
-        engine::apply(place, &Plan::empty(&to.name), to, &self.journal).await?;
+        let between = record
+            .filter(|record| record.netns == place.netns.id())
+            .and_then(|record| inpod_redirect::plan::between(&record.plan, to));
+        for plan in between.iter().chain([to]) {
+            engine::apply(place, &Plan::empty(&to.name), plan, &self.journal).await?;
+        }
         Ok(())
     }
 

@@ -20,6 +20,7 @@ impl Agent {
         match self.config.variant.inpod_rules {
             InpodRules::Redirect => Style::Redirect,
             InpodRules::Tproxy => Style::Tproxy,
+            InpodRules::Nftables => Style::Nftables,
         }
     }
 

@@ -10,6 +10,8 @@ use crate::plan::{Family, Step, Sysctl};
 enum Undo {
     Rules(Family, Vec<Edit>),
     Unmake(Vec<Step>),
+    /// An nftables table and what it held.
+    Nft(String, Option<String>),
     Make(Step),
 }
 
@@ -64,6 +66,15 @@ impl<'a> Carrier<'a> {
                     })));
                 }
             }
+            [Step::NftTable(_), ..] => {
+                let names = steps.iter().filter_map(|step| match step {
+                    Step::NftTable(table) => Some(table.name.clone()),
+                    _ => None,
+                });
+                for (name, held) in self.kernel.nft_saved(names.collect()).await? {
+                    self.undo.push(Undo::Nft(name, held));
+                }
+            }
             _ => self.undo.push(Undo::Unmake(steps.to_vec())),
         }
         self.kernel.make(steps).await?;
@@ -95,6 +106,11 @@ impl<'a> Carrier<'a> {
                 }
                 Undo::Make(step) => {
                     if let Err(error) = self.kernel.make(&[step]).await {
+                        left.push(error.to_string());
+                    }
+                }
+                Undo::Nft(name, held) => {
+                    if let Err(error) = self.kernel.nft_put_back(name, held).await {
                         left.push(error.to_string());
                     }
                 }

@@ -16,7 +16,8 @@ use crate::iptables::{
 use crate::journal::NftHook;
 use crate::netlink::{Netlink, NetlinkError, Presence};
 use crate::netns::Netns;
-use crate::plan::{Family, Link, Member, Place, Route, Set, Step, Table};
+use crate::nft::{self, NftError};
+use crate::plan::{Family, Link, Member, NftTable, Place, Route, Set, Step, Table};
 use crate::sysctl;
 
 /// An operation on the kernel failed. The message names the object.
@@ -31,11 +32,14 @@ pub enum KernelError {
     /// A chain, a rule or a table.
     #[error(transparent)]
     Iptables(#[from] IptablesError),
+    /// An nftables table.
+    #[error(transparent)]
+    Nft(#[from] NftError),
     /// A sysctl.
     #[error("{0}")]
     Sysctl(io::Error),
     /// A program that was being waited for went away with its thread.
-    #[error("iptables: the thread that ran it died: {0}")]
+    #[error("iptables or nft: the thread that ran it died: {0}")]
     Thread(#[from] tokio::task::JoinError),
 }
 
@@ -203,6 +207,7 @@ impl Kernel {
     pub(super) async fn make(&self, steps: &[Step]) -> Result<(), KernelError> {
         let mut members: Vec<Member> = Vec::new();
         let mut routes: Vec<Route> = Vec::new();
+        let mut tables: Vec<NftTable> = Vec::new();
         for step in steps {
             match step {
                 Step::Link(link) => {
@@ -220,8 +225,13 @@ impl Kernel {
                 }
                 Step::Member(member) => members.push(member.clone()),
                 Step::Route(route) => routes.push(route.clone()),
+                Step::NftTable(table) => tables.push(table.clone()),
                 Step::Chain(_) | Step::ChainRule(_) => {}
             }
+        }
+        if !tables.is_empty() {
+            let netns = self.netns.clone();
+            tokio::task::spawn_blocking(move || nft::apply(&netns, &tables)).await??;
         }
         if !members.is_empty() {
             self.ipset()?.add(&members)?;
@@ -235,6 +245,32 @@ impl Kernel {
         Ok(())
     }
 
+    /// What nftables tables hold, for putting it back; none for each that is not there.
+    pub(super) async fn nft_saved(
+        &self,
+        names: Vec<String>,
+    ) -> Result<Vec<(String, Option<String>)>, KernelError> {
+        let netns = self.netns.clone();
+        let save = move || {
+            names
+                .into_iter()
+                .map(|name| nft::saved(&netns, &name).map(|saved| (name, saved)))
+                .collect::<Result<_, NftError>>()
+        };
+        Ok(tokio::task::spawn_blocking(save).await??)
+    }
+
+    /// Puts an nftables table back as it was.
+    pub(super) async fn nft_put_back(
+        &self,
+        name: String,
+        saved: Option<String>,
+    ) -> Result<(), KernelError> {
+        let netns = self.netns.clone();
+        let put_back = move || nft::put_back(&netns, &name, saved.as_deref());
+        Ok(tokio::task::spawn_blocking(put_back).await??)
+    }
+
     /// Removes one object if it is exactly the described one. Not for iptables steps and sysctls.
     pub(super) async fn unmake(&self, step: &Step) -> Result<Unmade, KernelError> {
         let was_there = match step {
@@ -242,6 +278,10 @@ impl Kernel {
             Step::Address(address) => self.netlink().await?.del_address(address).await?,
             Step::Rule(rule) => self.netlink().await?.del_rule(rule).await?,
             Step::Route(route) => self.netlink().await?.del_route(route).await?,
+            Step::NftTable(table) => {
+                let (netns, name) = (self.netns.clone(), table.name.clone());
+                tokio::task::spawn_blocking(move || nft::delete(&netns, &name)).await??
+            }
             Step::Set(set) => return self.unmake_set(set),
             Step::Member(member) => {
                 return Ok(match self.ipset()?.del(member)? {
@@ -321,6 +361,10 @@ impl Kernel {
                     Some(found) if survey::same_value(&found, &sysctl.value) => None,
                     Some(found) => Some(Problem::Different { found }),
                 },
+                Step::NftTable(table) => {
+                    let (netns, table) = (self.netns.clone(), table.clone());
+                    tokio::task::spawn_blocking(move || nft::look(&netns, &table)).await??
+                }
                 Step::Set(set) => self.look_at_set(set)?,
                 Step::Member(member) => {
                     if !entries.contains_key(member.set.as_str()) {

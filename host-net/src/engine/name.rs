@@ -45,6 +45,7 @@ impl fmt::Display for Step {
                 r.chain,
                 r.table.as_str()
             ),
+            Step::NftTable(t) => write!(f, "nftables table inet {}", t.name),
             Step::Set(s) => write!(f, "ipset {}", s.name),
             Step::Member(m) => write!(f, "entry {} of ipset {}", m.ip, m.set),
         }

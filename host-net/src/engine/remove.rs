@@ -22,7 +22,7 @@ pub enum RemoveError {
         /// What failed.
         source: KernelError,
     },
-    /// A chain that the journal does not know has other rules than the plan; it may be somebody else's.
+    /// A chain or table that the journal does not know has other rules than the plan; it may be somebody else's.
     #[error(
         "{place}: {object} is not in the journal and has other rules than planned ({found}): left alone"
     )]
@@ -149,7 +149,9 @@ impl Removal<'_> {
                 continue;
             }
             for step in run.iter().rev() {
-                if self.record.preexisting.contains(step) {
+                if self.record.preexisting.contains(step)
+                    || !self.known && self.is_strangers(step, errors).await
+                {
                     continue;
                 }
                 if let Err(source) = unmake(self.kernel, step, self.record).await {
@@ -195,6 +197,24 @@ impl Removal<'_> {
                 errors.push(self.failed(source));
             }
         }
+    }
+
+    /// As [`Removal::own_only`], for an nftables table.
+    async fn is_strangers(&self, step: &Step, errors: &mut Vec<RemoveError>) -> bool {
+        if !matches!(step, Step::NftTable(_)) {
+            return false;
+        }
+        let looked = self.kernel.look(std::slice::from_ref(step)).await;
+        match looked.map(|problems| problems.into_iter().flatten().next()) {
+            Ok(None | Some(Problem::Missing)) => return false,
+            Ok(Some(problem)) => errors.push(RemoveError::NotOurs {
+                place: self.record.place_label.clone(),
+                object: step.to_string(),
+                found: problem.to_string(),
+            }),
+            Err(source) => errors.push(self.failed(source)),
+        }
+        true
     }
 
     /// Without a journal only the content says that a chain is ours.

@@ -15,6 +15,7 @@ pub(super) fn same_object(a: &Step, b: &Step) -> bool {
             a == b || (gotos == [true; 2] && selector(a) == selector(b))
         }
         (Step::Sysctl(a), Step::Sysctl(b)) => a.key == b.key,
+        (Step::NftTable(a), Step::NftTable(b)) => a.name == b.name,
         (Step::Set(a), Step::Set(b)) => a.name == b.name,
         (Step::Member(a), Step::Member(b)) => a.set == b.set && a.ip == b.ip,
         (Step::Chain(a), Step::Chain(b)) => {
@@ -39,13 +40,13 @@ pub(super) fn union(wanted: &[Step], old: &[Step]) -> Vec<Step> {
 /// Steps of `old` that have to go, in the order of going: what `wanted` does not have, what `broken` names as unlike
 /// what it should be, and what the kernel would take away together with these.
 ///
-/// Left out is what is changed in place: chains and sysctls that `wanted` has with other content. Sets go last,
+/// Left out is what is changed in place: chains, nftables tables and sysctls that `wanted` has with other content. Sets go last,
 /// because a chain that is changed in place may refer to them until it is.
 pub(super) fn removals(old: &[Step], wanted: &[Step], broken: &[Step]) -> Vec<Step> {
     let mut going: Vec<&Step> = old
         .iter()
         .filter(|step| match step {
-            Step::Sysctl(_) | Step::Chain(_) | Step::Set(_) => {
+            Step::Sysctl(_) | Step::Chain(_) | Step::NftTable(_) | Step::Set(_) => {
                 !wanted.iter().any(|w| same_object(w, step))
             }
             _ => !wanted.contains(step) || broken.contains(step),
@@ -95,6 +96,7 @@ pub(super) fn vanishes_with(step: &Step, gone: &Step) -> bool {
 pub(super) fn runs(steps: &[Step]) -> impl Iterator<Item = &[Step]> {
     steps.chunk_by(|a, b| match (a, b) {
         (Step::Chain(_) | Step::ChainRule(_), Step::Chain(_) | Step::ChainRule(_))
+        | (Step::NftTable(_), Step::NftTable(_))
         | (Step::Route(_), Step::Route(_)) => true,
         (Step::Member(a), Step::Member(b)) => a.set == b.set,
         _ => false,

@@ -1,4 +1,4 @@
-//! One iptables program, started in a network namespace, with a limit on its time.
+//! One program that writes or reads rules, started in a network namespace, with a limit on its time.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -29,14 +29,14 @@ const LOCK_VARIABLE: &str = "XTABLES_LOCKFILE";
 const NAMESPACE_LOCK: &str = "/proc/self/ns/net";
 
 /// What a program left.
-pub(super) struct Finished {
-    pub(super) status: ExitStatus,
-    pub(super) stdout: String,
-    pub(super) stderr: String,
+pub(crate) struct Finished {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 /// Runs `program` in `netns` to its end. A status other than success is not an error here.
-pub(super) fn run(
+pub(crate) fn run(
     netns: &Netns,
     program: &'static str,
     args: &[&str],

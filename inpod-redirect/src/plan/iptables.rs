@@ -26,7 +26,7 @@ pub(super) fn chains(facts: &PodFacts, phase: Phase) -> Vec<Step> {
         )],
     ));
     // While draining, the chains stay without what redirects: connections that were redirected need the table's hooks.
-    if facts.style == Style::Redirect {
+    if facts.style != Style::Tproxy {
         steps.push(chain(
             Table::Nat,
             PREROUTING_CHAIN,
@@ -63,8 +63,8 @@ fn older_connections(style: Style) -> [Step; 2] {
         })
     };
     let way_in = match style {
-        Style::Redirect => Table::Nat,
         Style::Tproxy => Table::Mangle,
+        _ => Table::Nat,
     };
     [
         first(way_in, OLDER_INPUT_CHAIN, "PREROUTING"),
@@ -76,7 +76,7 @@ fn mangle_prerouting(style: Style, active: bool) -> Vec<String> {
     let mut rules = vec![format!(
         "-m mark --mark {MARK_PROXY} -j CONNMARK --set-xmark {MARK_RETURN}"
     )];
-    if style == Style::Redirect {
+    if style != Style::Tproxy {
         return rules;
     }
     rules.push(format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT"));

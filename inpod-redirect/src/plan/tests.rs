@@ -49,6 +49,46 @@ fn tproxy_in_every_phase() {
     snapshot("pod_tproxy_draining", &pod(&facts(true), Phase::Draining));
 }
 
+#[test]
+fn nftables_in_every_phase() {
+    let facts = |live| PodFacts {
+        style: Style::Nftables,
+        dns: true,
+        live,
+        ..facts()
+    };
+    snapshot("pod_nftables_active", &pod(&facts(false), Phase::Active));
+    snapshot("pod_nftables_live", &pod(&facts(true), Phase::Active));
+    snapshot("pod_nftables_draining", &pod(&facts(true), Phase::Draining));
+}
+
+/// Between two writers there are the rules of both; between two styles of one writer there is nothing.
+#[test]
+fn between_two_writers() {
+    let of = |style| {
+        pod(
+            &PodFacts {
+                style,
+                live: true,
+                ..facts()
+            },
+            Phase::Active,
+        )
+    };
+    let styles = [Style::Redirect, Style::Tproxy, Style::Nftables].map(of);
+    for (from, to) in [(0, 1), (1, 0), (0, 0), (2, 2)] {
+        assert_eq!(between(&styles[from], &styles[to]), None);
+    }
+    for (from, to) in [(0, 2), (1, 2), (2, 0), (2, 1)] {
+        let both = between(&styles[from], &styles[to]).unwrap();
+        for step in styles[from].steps.iter().chain(&styles[to].steps) {
+            assert!(both.steps.contains(step), "{step}");
+        }
+    }
+    let nothing = Plan::empty(styles[0].name.clone());
+    assert_eq!(between(&nothing, &styles[2]), None);
+}
+
 /// A pod that ran before has the field's chains as they are, too; what it has in addition stands in chains of ours.
 #[test]
 fn older_connections_change_no_chain_of_the_field() {

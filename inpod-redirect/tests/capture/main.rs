@@ -59,7 +59,7 @@ async fn assert_alive(what: &str, connections: &mut [Connection]) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn every_pair_goes_its_way_and_keeps_the_clients_address(
-    #[values(Style::Redirect, Style::Tproxy)] style: Style,
+    #[values(Style::Redirect, Style::Tproxy, Style::Nftables)] style: Style,
 ) {
     let mut node = Node::up(style);
     node.enrol(A, Phase::Active).await;
@@ -110,7 +110,7 @@ async fn every_pair_goes_its_way_and_keeps_the_clients_address(
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_outlive_enrolment_and_unenrolment(
-    #[values(Style::Redirect, Style::Tproxy)] style: Style,
+    #[values(Style::Redirect, Style::Tproxy, Style::Nftables)] style: Style,
 ) {
     let mut node = Node::up(style);
     let mut old = Vec::new();
@@ -135,9 +135,12 @@ async fn connections_outlive_enrolment_and_unenrolment(
     assert_eq!(node.seen(), [], "nothing new is captured");
 }
 
+#[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_captured_pods_ipv6_goes_nowhere() {
-    let mut node = Node::up(Style::Redirect);
+async fn a_captured_pods_ipv6_goes_nowhere(
+    #[values(Style::Redirect, Style::Nftables)] style: Style,
+) {
+    let mut node = Node::up(style);
     node.ipv6();
     let ways = [(A, V), (V, A)];
     let crosses = async |node: &Node, (from, to): (Pod, Pod)| {
@@ -160,8 +163,8 @@ async fn a_captured_pods_ipv6_goes_nowhere() {
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_outlive_a_change_of_style(
-    #[values(Style::Redirect, Style::Tproxy)] first: Style,
-    #[values(Style::Redirect, Style::Tproxy)] second: Style,
+    #[values(Style::Redirect, Style::Tproxy, Style::Nftables)] first: Style,
+    #[values(Style::Redirect, Style::Tproxy, Style::Nftables)] second: Style,
 ) {
     if first == second {
         return;
@@ -199,7 +202,9 @@ async fn connections_outlive_a_change_of_style(
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_left_of_the_plans(#[values(Style::Redirect, Style::Tproxy)] style: Style) {
+async fn nothing_is_left_of_the_plans(
+    #[values(Style::Redirect, Style::Tproxy, Style::Nftables)] style: Style,
+) {
     let mut node = Node::up(style);
     let before = node.state().await;
     node.enrol(A, Phase::Active).await;

@@ -194,6 +194,9 @@ impl Node {
             .enrolled
             .insert(pod.netns, to.clone())
             .unwrap_or_else(|| Plan::empty(to.name.clone()));
+        if let Some(between) = plan::between(&from, &to) {
+            self.apply(pod, &from, &between).await;
+        }
         self.apply(pod, &from, &to).await;
     }
 

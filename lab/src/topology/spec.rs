@@ -249,6 +249,8 @@ words! {
         Redirect = "redirect",
         /// iptables: TPROXY inbound, nat REDIRECT outbound.
         Tproxy = "tproxy",
+        /// nftables: redirect in both directions.
+        Nftables = "nftables",
     }
     /// The overlay device of the node capture.
     "overlay" Overlay {

@@ -1,0 +1,379 @@
+//! The styles of the in-pod capture: their rules to the letter, that each captures, and going from one to another.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "applications of a test, no part of the proxy"
+)]
+
+mod harness;
+mod runtime;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use harness::state::apply_to;
+use harness::{Scene, Stage, eventually, own};
+use lab::standing::Daemon;
+use lab::topology::{InpodRules, Mode, SERVICE_PORT, SERVICE_VIP};
+use lab::traffic::Check;
+use rstest::rstest;
+use runtime::{Sandbox, ambidex, assert_same, diff_is_empty, dumps, start_agent};
+use serde_json::json;
+
+const STYLES: [InpodRules; 3] = [
+    InpodRules::Redirect,
+    InpodRules::Tproxy,
+    InpodRules::Nftables,
+];
+/// What the node's own connections look like to an application that is captured in its pod.
+const PROBE_SOURCE: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+/// Far over what an answer takes, on whatever machine.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// Where the applications with open connections listen.
+const PORT: u16 = 8097;
+/// The pod that goes from one style to another.
+const SUBJECT: &str = "pod1-2";
+
+fn scene(rules: InpodRules) -> Scene {
+    let mut spec = harness::spec(Mode::Inpod);
+    spec.inpod_rules = rules;
+    spec.agent_args.push("--dns-capture".to_owned());
+    own(&spec)
+}
+
+fn run(scene: &Stage, target: &str, command: &str) -> String {
+    let netns = scene.lab.netns(target).unwrap();
+    let mut program = std::process::Command::new("sh");
+    program.args(["-ec", command]);
+    let output = netns.run(|| program.output()).unwrap().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} in {target}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Everything that a pod is captured for, in each style.
+#[rstest]
+#[case::redirect(InpodRules::Redirect)]
+#[case::tproxy(InpodRules::Tproxy)]
+#[case::nftables(InpodRules::Nftables)]
+fn each_style_captures(#[case] rules: InpodRules) {
+    let scene = scene(rules);
+    // Between captured pods: only tunnels, and the client's address arrives.
+    let markers = ["marker-of-pod1-1", "marker-of-pod1-2"];
+    let taps = ["pod1-1", "pod2-1"].map(|pod| scene.tap(pod, "eth0", ""));
+    for (from, to) in [
+        ("pod1-1", "pod2-1"),
+        ("pod2-1", "pod1-1"),
+        ("pod1-1", "pod1-2"),
+        ("pod1-2", "pod1-1"),
+    ] {
+        assert_eq!(
+            scene.seen(from, scene.at(to)),
+            scene.ip(from),
+            "{from} to {to}"
+        );
+    }
+    for tap in taps {
+        tap.finish().assert_encrypted(&markers);
+    }
+    // The service, which may be the pod itself.
+    for _ in 0..8 {
+        let outcome = scene.check("pod1-2", (SERVICE_VIP, SERVICE_PORT).into(), Check::Who);
+        assert!(outcome.ok);
+    }
+    let own = (scene.ip("pod1-1"), lab::topology::APPLICATION_PORT).into();
+    assert_eq!(
+        scene.seen("pod1-1", own),
+        scene.ip("pod1-1"),
+        "its own address"
+    );
+
+    // Past the mesh: in plain text as long as nobody wants more, and not at all if somebody does.
+    assert_eq!(scene.seen("plain1", scene.at("pod1-1")), scene.ip("plain1"));
+    assert_eq!(scene.seen("pod1-1", scene.at("plain1")), scene.ip("pod1-1"));
+    {
+        let strict = json!([[[{"notPrincipals": [{"Presence": []}]}]]]);
+        let _changed = scene.with_state(|state| apply_to(state, "pod1-1", "Deny", strict));
+        scene.refused("plain1", scene.at("pod1-1"));
+        assert_eq!(scene.seen("pod2-1", scene.at("pod1-1")), scene.ip("pod2-1"));
+        let probe = scene.seen("node1", scene.at("pod1-1"));
+        assert_eq!(probe, IpAddr::V4(PROBE_SOURCE), "probes pass");
+    }
+    // Straight to the proxy's ports: nobody's.
+    for port in [15001, 15006] {
+        scene.refused("plain1", (scene.ip("pod1-1"), port).into());
+    }
+    let answer = run(
+        &scene,
+        "pod1-1",
+        "for protocol in +notcp +tcp; do dig +short +tries=1 +time=20 $protocol @192.0.2.53 echo.beta.svc.cluster.local; done",
+    );
+    let vip = SERVICE_VIP.to_string();
+    assert_eq!(answer.lines().collect::<Vec<_>>(), [&vip, &vip], "DNS");
+
+    ambidex(&scene.lab, "verify alpha/pod1-1").with_code(0);
+    diff_is_empty(&scene.lab, "alpha/pod1-1");
+    // One thing is taken away, and named.
+    let (damage, named) = match rules {
+        InpodRules::Redirect => ("iptables -t nat -F ISTIO_PRERT", "chain ISTIO_PRERT"),
+        InpodRules::Tproxy => ("iptables -t mangle -F ISTIO_PRERT", "chain ISTIO_PRERT"),
+        InpodRules::Nftables => (
+            "nft flush chain inet istio-ambient-nat istio-prerouting",
+            "table inet istio-ambient-nat: different: lacks `chain istio-prerouting",
+        ),
+    };
+    run(&scene, "pod1-1", damage);
+    let difference = ambidex(&scene.lab, "diff alpha/pod1-1").with_code(3);
+    assert!(difference.contains(named), "{difference}");
+    // What stands beside it keeps others out meanwhile.
+    let outcome = scene.attempt(
+        "plain1",
+        scene.at("pod1-1"),
+        Check::Who,
+        Duration::from_secs(2),
+    );
+    assert!(!outcome.ok, "past the proxy: {outcome:#?}");
+}
+
+/// A pod that was captured before it ran has the field's rules, and beside them what is ours.
+#[rstest]
+#[case::redirect(InpodRules::Redirect)]
+#[case::tproxy(InpodRules::Tproxy)]
+#[case::nftables(InpodRules::Nftables)]
+fn rules_to_the_letter(#[case] rules: InpodRules) {
+    let mut spec = harness::spec(Mode::Inpod);
+    spec.inpod_rules = rules;
+    let scene = own(&spec);
+    let command = match rules {
+        InpodRules::Nftables => {
+            "for table in mangle nat; do nft -s list table inet istio-ambient-$table; done"
+        }
+        _ => "iptables-save -t mangle; iptables-save -t nat",
+    };
+    let found = run(&scene, "pod1-1", command);
+    let found: Vec<&str> = found
+        .lines()
+        .map(str::trim)
+        .filter(|line| match rules {
+            InpodRules::Nftables => !line.is_empty() && *line != "}",
+            _ => line.starts_with("-A") || line.starts_with('*'),
+        })
+        .collect();
+    assert_eq!(found, listing(rules));
+}
+
+/// The listings: of the second article for TPROXY, of Istio's own tests for the others (as this nft spells them).
+fn listing(rules: InpodRules) -> Vec<&'static str> {
+    match rules {
+        InpodRules::Redirect => vec![
+            "*mangle",
+            "-A PREROUTING -j ISTIO_PRERT",
+            "-A OUTPUT -j ISTIO_OUTPUT",
+            "-A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
+            "-A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff",
+            "*nat",
+            "-A PREROUTING -j ISTIO_PRERT",
+            "-A OUTPUT -j ISTIO_OUTPUT",
+            "-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -m tcp -j ACCEPT",
+            "-A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT",
+            "-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ACCEPT",
+            "-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001",
+            "-A ISTIO_PRERT -s 169.254.7.127/32 -p tcp -m tcp -j ACCEPT",
+            "-A ISTIO_PRERT ! -d 127.0.0.1/32 -p tcp -m tcp ! --dport 15008 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006",
+        ],
+        InpodRules::Tproxy => vec![
+            "*mangle",
+            "-A PREROUTING -j ISTIO_PRERT",
+            "-A OUTPUT -j ISTIO_OUTPUT",
+            "-A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
+            "-A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff",
+            "-A ISTIO_PRERT -s 169.254.7.127/32 -p tcp -m tcp -j ACCEPT",
+            "-A ISTIO_PRERT ! -d 127.0.0.1/32 -i lo -p tcp -j ACCEPT",
+            "-A ISTIO_PRERT -p tcp -m tcp --dport 15008 -m mark ! --mark 0x539/0xfff -j TPROXY --on-port 15008 --on-ip 0.0.0.0 --tproxy-mark 0x111/0xfff",
+            "-A ISTIO_PRERT -p tcp -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+            "-A ISTIO_PRERT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j TPROXY --on-port 15006 --on-ip 0.0.0.0 --tproxy-mark 0x111/0xfff",
+            "*nat",
+            "-A OUTPUT -j ISTIO_OUTPUT",
+            "-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -m tcp -j ACCEPT",
+            "-A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT",
+            "-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ACCEPT",
+            "-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001",
+        ],
+        InpodRules::Nftables => vec![
+            "table inet istio-ambient-mangle {",
+            "chain prerouting {",
+            "type filter hook prerouting priority mangle; policy accept;",
+            "jump istio-prerouting",
+            "chain output {",
+            "type route hook output priority mangle; policy accept;",
+            "jump istio-output",
+            "chain istio-prerouting {",
+            "meta mark & 0x00000fff == 0x00000539 counter ct mark set ct mark & 0xfffff111 | 0x00000111",
+            "chain istio-output {",
+            "ct mark & 0x00000fff == 0x00000111 counter meta mark set ct mark",
+            "table inet istio-ambient-nat {",
+            "chain prerouting {",
+            "type nat hook prerouting priority dstnat; policy accept;",
+            "jump istio-prerouting",
+            "chain output {",
+            "type nat hook output priority -100; policy accept;",
+            "jump istio-output",
+            "chain istio-prerouting {",
+            "meta l4proto tcp ip saddr 169.254.7.127 counter accept",
+            "ip daddr != 127.0.0.1 tcp dport != 15008 meta mark & 0x00000fff != 0x00000539 counter redirect to :15006",
+            "chain istio-output {",
+            "meta l4proto tcp ip daddr 169.254.7.127 counter accept",
+            "meta l4proto tcp meta mark & 0x00000fff == 0x00000111 counter accept",
+            "oifname \"lo\" ip daddr != 127.0.0.1 counter accept",
+            "meta l4proto tcp ip daddr != 127.0.0.1 meta mark & 0x00000fff != 0x00000539 counter redirect to :15001",
+        ],
+    }
+}
+
+/// A connection that says something and hears it back.
+struct Talk(&'static str, TcpStream);
+
+impl Talk {
+    fn open(scene: &Stage, from: &'static str, to: SocketAddr) -> Self {
+        let netns = scene.lab.netns(from).unwrap();
+        let stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE));
+        let stream = stream
+            .unwrap()
+            .unwrap_or_else(|e| panic!("{from} to {to}: {e}"));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut talk = Self(from, stream);
+        talk.say("opened");
+        talk
+    }
+
+    #[track_caller]
+    fn say(&mut self, when: &str) {
+        let sent: Vec<u8> = (0..3000).map(|at: u32| at.to_le_bytes()[0]).collect();
+        let mut heard = vec![0; sent.len()];
+        let said = self
+            .1
+            .write_all(&sent)
+            .and_then(|()| self.1.read_exact(&mut heard));
+        let (from, peer) = (self.0, self.1.peer_addr());
+        assert!(said.is_ok(), "{when}: from {from} to {peer:?}: {said:?}");
+        assert_eq!(sent, heard, "{when}");
+    }
+}
+
+/// Says back what it hears, until the test ends.
+fn echo(scene: &Stage, target: &str) {
+    let netns = scene.lab.netns(target).unwrap();
+    let listener = netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
+    let listener = listener.unwrap().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut back = stream.try_clone().unwrap();
+                let _ = std::io::copy(&mut &stream, &mut back);
+            });
+        }
+    });
+}
+
+/// Opens connections of the subject, in both directions.
+fn open(scene: &Stage, peers: &[&'static str]) -> Vec<Talk> {
+    let mut talks = Vec::new();
+    for peer in peers {
+        for _ in 0..3 {
+            talks.push(Talk::open(scene, SUBJECT, (scene.ip(peer), PORT).into()));
+            talks.push(Talk::open(scene, peer, (scene.ip(SUBJECT), PORT).into()));
+        }
+    }
+    talks
+}
+
+/// An agent with another style takes a running pod over: connections that are older than its capture go on, captured ones
+/// go on, nothing is on the wire that was not before, and at the end nothing is left of any style.
+#[test]
+fn a_pod_goes_from_any_style_to_any_other() {
+    let scene = scene(STYLES[0]);
+    let lab = &scene.lab;
+    let places = [SUBJECT, "node1"];
+    lab.del_pod(SUBJECT).unwrap();
+    let apart = dumps(lab, &places);
+    for target in ["plain1", "pod2-1", SUBJECT] {
+        echo(&scene, target);
+    }
+    let mut older = open(&scene, &["plain1"]);
+    let mut silent = open(&scene, &["plain1"]);
+    let sandbox = Sandbox::of(lab, SUBJECT);
+    let enrol = format!(
+        "enrol {}/{SUBJECT} --netns {} --uid {} --service-account {}",
+        sandbox.namespace,
+        sandbox.netns.display(),
+        sandbox.uid,
+        sandbox.service_account
+    );
+    ambidex(lab, &enrol).with_code(0);
+    let mut captured = open(&scene, &["plain1", "pod2-1"]);
+    // Each of the six ordered pairs once.
+    let filter = format!("host {} and host {}", scene.ip(SUBJECT), scene.ip("pod2-1"));
+    let tap = scene.tap(SUBJECT, "eth0", &filter);
+    for to in [1, 2, 0, 2, 1, 0] {
+        let style = STYLES[to];
+        lab.choose_inpod_rules(style).unwrap();
+        lab.stop(1, Daemon::Agent).unwrap();
+        start_agent(lab);
+        let when = format!("{style}");
+        diff_is_empty(lab, &format!("{}/{SUBJECT}", sandbox.namespace));
+        let mark = run(&scene, SUBJECT, "iptables-save; nft list tables inet");
+        assert_eq!(
+            mark.contains("TPROXY"),
+            style == InpodRules::Tproxy,
+            "{when}: {mark}"
+        );
+        assert_eq!(
+            mark.contains("istio-ambient-nat"),
+            style == InpodRules::Nftables,
+            "{when}: {mark}"
+        );
+        assert_eq!(
+            mark.contains("ISTIO_PRERT"),
+            style != InpodRules::Nftables,
+            "{when}: {mark}"
+        );
+        captured
+            .iter_mut()
+            .chain(&mut older)
+            .for_each(|talk| talk.say(&when));
+        captured.push(Talk::open(
+            &scene,
+            SUBJECT,
+            (scene.ip("pod2-1"), PORT).into(),
+        ));
+        captured.push(Talk::open(
+            &scene,
+            "pod2-1",
+            (scene.ip(SUBJECT), PORT).into(),
+        ));
+        assert_eq!(
+            scene.seen("plain1", scene.at(SUBJECT)),
+            scene.ip("plain1"),
+            "{when}"
+        );
+    }
+    silent
+        .iter_mut()
+        .for_each(|talk| talk.say("silent all the time"));
+    // New ones and captured ones of before are in tunnels, at every moment.
+    tap.finish().assert_encrypted(&[]);
+
+    // What older connections need goes with the last of them.
+    let needs = |rules: &str| rules.contains("AMBIDEX_OLDER");
+    assert!(needs(&run(&scene, SUBJECT, "iptables-save")));
+    drop((older, silent));
+    eventually("rules for older connections are gone", PATIENCE, || {
+        !needs(&run(&scene, SUBJECT, "iptables-save"))
+    });
+    captured.iter_mut().for_each(|talk| talk.say("settled"));
+    diff_is_empty(lab, &format!("{}/{SUBJECT}", sandbox.namespace));
+    drop(captured);
+    lab.del_pod(SUBJECT).unwrap();
+    assert_same("removed", &apart, &dumps(lab, &places));
+}
