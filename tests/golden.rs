@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use harness::{Scene, Variant, own};
 use lab::standing::{Daemon, Lab};
+use lab::topology::InpodRules;
 use listings::known::{DEVIATIONS, EXTRAS, RECORD};
 use listings::{Golden, Met, Names, Situation, compare, rules};
 
@@ -105,6 +106,19 @@ fn inpod_redirect_is_that_of_1_24() {
     let scene = lab(Variant::Inpod);
     let met = held_beside(&scene, Situation::InpodRedirect, &[("1.24", INPOD_1_24)]);
     assert_all_met(&met, Situation::InpodRedirect, &[]);
+}
+
+#[test]
+fn inpod_tproxy_is_the_second_article_s() {
+    let mut spec = Variant::Inpod.spec();
+    spec.pods_per_node = PODS;
+    spec.inpod_rules = InpodRules::Tproxy;
+    let scene = own(&spec);
+    let files = [("second article", SECOND_ARTICLE)];
+    let met = held_beside(&scene, Situation::InpodTproxy, &files);
+    // The article lists two tables, and no routing rules.
+    let unlisted = ["AMBIDEX_GUARD_IN", "AMBIDEX_GUARD_OUT", "rule 32765"];
+    assert_all_met(&met, Situation::InpodTproxy, &unlisted);
 }
 
 /// A rule that is gone, one more, one in another place and a line that is otherwise: each is seen, and nothing else.

@@ -19,7 +19,8 @@ use host_net::netlink::{ListedRoute, ListedRule, Netlink};
 use host_net::netns::Netns;
 use host_net::plan::{Family, Place, Plan, Step, Table};
 use inpod_redirect::facts::{
-    GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, V6_INPUT_CHAIN, V6_OUTPUT_CHAIN,
+    GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, OLDER_INPUT_CHAIN, OLDER_OUTPUT_CHAIN, V6_INPUT_CHAIN,
+    V6_OUTPUT_CHAIN,
 };
 
 use super::{Agent, Pod};
@@ -27,9 +28,11 @@ use crate::doctor::mesh_of;
 use crate::options::Capture;
 
 /// Chains in a pod whose names no other program uses; all other names are the field's, too.
-const OWN_NAMES: [&str; 4] = [
+const OWN_NAMES: [&str; 6] = [
     GUARD_INPUT_CHAIN,
     GUARD_OUTPUT_CHAIN,
+    OLDER_INPUT_CHAIN,
+    OLDER_OUTPUT_CHAIN,
     V6_INPUT_CHAIN,
     V6_OUTPUT_CHAIN,
 ];

@@ -287,14 +287,19 @@ fn missing_listeners(netns: &Netns, wanted: &[u16], place: &str) -> Vec<String> 
     }
 }
 
-/// The wanted ports that are not listened on at every address.
+/// The wanted ports that are not listened on at every address. DNS is answered where queries are redirected to: in a pod that
+/// is its loopback.
 pub(super) fn lacking(
     listening: &BTreeSet<SocketAddr>,
     wanted: &[u16],
     place: &str,
 ) -> Vec<String> {
-    let everywhere =
-        |port: u16| move |at: &SocketAddr| at.port() == port && at.ip().is_unspecified();
+    let everywhere = |port: u16| {
+        move |at: &SocketAddr| {
+            let local = port == DNS_PORT && at.ip().is_loopback();
+            at.port() == port && (at.ip().is_unspecified() || local)
+        }
+    };
     wanted
         .iter()
         .filter(|port| !listening.iter().any(everywhere(**port)))

@@ -11,9 +11,11 @@ pub enum Situation {
     Tunnel,
     /// Capture in the pod by REDIRECT.
     InpodRedirect,
+    /// Capture in the pod by TPROXY inbound.
+    InpodTproxy,
 }
 
-use Situation::{Hybrid, InpodRedirect, Tunnel};
+use Situation::{Hybrid, InpodRedirect, InpodTproxy, Tunnel};
 
 /// The record of decisions that gives all reasons at length.
 pub const RECORD: &str = include_str!("../../docs/decisions/0011-listings.md");
@@ -113,21 +115,21 @@ pub const EXTRAS: [Extra; 13] = [
     },
     Extra {
         name: "AMBIDEX_GUARD_IN",
-        situations: &[InpodRedirect],
+        situations: &[InpodRedirect, InpodTproxy],
         place: "pod",
         what: Chain("AMBIDEX_GUARD_IN"),
         reason: "guard: nothing reaches the application beside the proxy when a part of the capture is gone",
     },
     Extra {
         name: "AMBIDEX_GUARD_OUT",
-        situations: &[InpodRedirect],
+        situations: &[InpodRedirect, InpodTproxy],
         place: "pod",
         what: Chain("AMBIDEX_GUARD_OUT"),
         reason: "guard: nothing leaves beside the proxy when a part of the capture is gone",
     },
     Extra {
         name: "rule 32765",
-        situations: &[InpodRedirect],
+        situations: &[InpodRedirect, InpodTproxy],
         place: "pod",
         what: Line("32765: from all fwmark 0x111/0xfff lookup 101"),
         reason: "guard: leads answers back to the proxy when the first rule or its route is gone",
@@ -147,7 +149,7 @@ pub struct Deviation {
     pub reason: &'static str,
 }
 
-pub const DEVIATIONS: [Deviation; 12] = [
+pub const DEVIATIONS: [Deviation; 10] = [
     Deviation {
         name: "references of the set",
         situations: &[Hybrid, Tunnel],
@@ -227,32 +229,12 @@ pub const DEVIATIONS: [Deviation; 12] = [
         reason: "no rule of 1.20 leads there",
     },
     Deviation {
-        name: "older connections in the pod, in",
-        situations: &[InpodRedirect],
-        place: "pod",
-        line: "nat -A ISTIO_PRERT ! -d 127.0.0.1/32 -p tcp -m tcp ! --dport 15008 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006",
-        here: Some(
-            "nat -A ISTIO_PRERT ! -d 127.0.0.1/32 -p tcp -m tcp ! --dport 15008 --tcp-flags FIN,SYN,RST,ACK SYN -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006",
-        ),
-        reason: "connections that are older than the capture go on",
-    },
-    Deviation {
         name: "older connections of the node's to a pod",
         situations: &[InpodRedirect],
         place: "node",
         line: "nat -A ISTIO_POSTRT -p tcp -m owner --socket-exists -m set --match-set istio-inpod-probes-v4 dst -j SNAT --to-source 169.254.7.127",
         here: Some(
             "nat -A ISTIO_POSTRT -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -m owner --socket-exists -m set --match-set istio-inpod-probes-v4 dst -j SNAT --to-source 169.254.7.127",
-        ),
-        reason: "connections that are older than the capture go on",
-    },
-    Deviation {
-        name: "older connections in the pod, out",
-        situations: &[InpodRedirect],
-        place: "pod",
-        line: "nat -A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001",
-        here: Some(
-            "nat -A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001",
         ),
         reason: "connections that are older than the capture go on",
     },
