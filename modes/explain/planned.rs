@@ -175,7 +175,8 @@ fn object(state: &mut State, step: &Step) {
             let members = state.sets.entry(member.set.clone()).or_default();
             members.insert(member.ip);
         }
-        Step::Chain(_) | Step::ChainRule(_) => {}
+        // Tables of nftables are read nowhere: their rules are not followed.
+        Step::Chain(_) | Step::ChainRule(_) | Step::NftTable(_) => {}
     }
 }
 
