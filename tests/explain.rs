@@ -156,7 +156,8 @@ fn damages(variant: Variant, ip: &str) -> Vec<Damage> {
         ..it
     };
     if variant == Variant::Inpod {
-        let redirect = "! -d 127.0.0.1/32 -p tcp -m tcp --syn -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001";
+        let redirect =
+            "! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001";
         return vec![
             damage(
                 "pod1-1",
