@@ -2,7 +2,7 @@
 //! a UDP port for its tunnels.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use host_net::netlink::{LinkInfo, Netlink};
 use host_net::netns::Netns;
@@ -21,7 +21,7 @@ pub(super) enum Unfit {
         /// A pod, or the proxy.
         who: &'static str,
         /// Its address.
-        ip: Ipv4Addr,
+        ip: IpAddr,
         /// Name of the bridge.
         bridge: String,
     },
@@ -57,11 +57,7 @@ pub(super) enum Unfit {
 ///
 /// # Errors
 /// Names it.
-pub(super) fn refuse_bridge(
-    who: &'static str,
-    ip: Ipv4Addr,
-    device: &LinkInfo,
-) -> Result<(), Unfit> {
+pub(super) fn refuse_bridge(who: &'static str, ip: IpAddr, device: &LinkInfo) -> Result<(), Unfit> {
     if device.kind.as_deref() == Some("bridge") {
         return Err(Unfit::Bridge {
             who,

@@ -10,10 +10,12 @@ use host_net::engine;
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
 use host_net::plan::{Family, OverlayKind, Place, Plan};
+use host_net::sysctl;
 use inpod_redirect::zds::NodeConfiguration;
 use inpod_redirect::zds::server::{ConnectionId, ProxyConnected, ProxyEvent, ProxyHook};
+use ipnet::IpNet;
 use node_redirect::facts::{OVERLAY_OVERHEAD, TUNNEL_IN, TUNNEL_OUT};
-use node_redirect::plan::{HostFacts, ProxyFacts};
+use node_redirect::plan::{Ends6, HostFacts, ProxyFacts};
 use tokio::sync::mpsc;
 
 use super::Agent;
@@ -124,6 +126,7 @@ impl Agent {
             proxy = %setup.host_facts.proxy_ip,
             device = setup.host_facts.proxy_veth,
             overlay = %overlay,
+            ipv6 = setup.host_facts.ends6.is_some(),
             changed_over_in = ?began.elapsed(),
             "node capture is set up"
         );
@@ -257,11 +260,10 @@ async fn facts(
         }
         _ => None,
     };
-    let (device, proxy_ip) = in_proxy
-        .addresses()
-        .await?
-        .into_iter()
-        .find_map(|(dev, net)| own_address(&dev, net.addr()).map(|ip| (dev, ip)))
+    let proxy_addresses = in_proxy.addresses().await?;
+    let (device, proxy_ip) = proxy_addresses
+        .iter()
+        .find_map(|(dev, net)| own_address(dev, net.addr()).map(|ip| (dev.clone(), ip)))
         .ok_or_else(|| {
             anyhow!("the proxy's network namespace has no IPv4 address: is it the proxy pod's?")
         })?;
@@ -281,9 +283,10 @@ async fn facts(
         .link(&route.dev)
         .await?
         .ok_or_else(|| anyhow!("device {} towards the proxy {proxy_ip} is gone", route.dev))?;
-    refuse_bridge("the proxy", proxy_ip, &link)?;
+    refuse_bridge("the proxy", proxy_ip.into(), &link)?;
     refuse_taken_port("the node", host, port, overlay).await?;
     refuse_taken_port("the proxy's namespace", &proxy, port, overlay).await?;
+    let ends6 = ends6(host, &on_host, &proxy_addresses, &device).await?;
     let main_routes = on_host.routes(Family::V4).await?;
     let mtu = link.mtu.saturating_sub(OVERLAY_OVERHEAD);
     Ok(NodeSetup {
@@ -299,6 +302,7 @@ async fn facts(
                 .iter()
                 .any(|route| route.table == MAIN_TABLE && route.dst.prefix_len() == 0),
             ipv6: has_ipv6(host),
+            ends6,
             dns,
         },
         proxy_facts: ProxyFacts {
@@ -308,9 +312,40 @@ async fn facts(
             overlay,
             port,
             mtu,
+            ends6,
             dns,
         },
         proxy,
+    })
+}
+
+/// Why a node captures no IPv6.
+pub(super) const NO_IPV6: &str = "it needs a proxy with an IPv6 address, a node with one towards it, and net.ipv6.conf.all.forwarding = 1";
+
+/// Between which addresses captured IPv6 travels, where it can: the proxy's on the device of its IPv4 address, and the node's
+/// towards it.
+async fn ends6(
+    host: &Netns,
+    on_host: &Netlink,
+    proxy_addresses: &[(String, IpNet)],
+    device: &str,
+) -> anyhow::Result<Option<Ends6>> {
+    let forwards = sysctl::read(host, "net/ipv6/conf/all/forwarding").is_ok_and(|on| on != "0");
+    let of_proxy = proxy_addresses
+        .iter()
+        .find_map(|(dev, net)| match net.addr() {
+            IpAddr::V6(ip) if dev == device && !ip.is_unicast_link_local() => Some(ip),
+            _ => None,
+        });
+    let Some(proxy_ip) = of_proxy.filter(|_| forwards) else {
+        return Ok(None);
+    };
+    let route = on_host.route_to(proxy_ip.into()).await;
+    Ok(match route.ok().and_then(|route| route.src) {
+        Some(IpAddr::V6(host_ip)) if !host_ip.is_unicast_link_local() => {
+            Some(Ends6 { proxy_ip, host_ip })
+        }
+        _ => None,
     })
 }
 
@@ -389,8 +424,9 @@ impl Agent {
         // are made, and without the link-local ones that come and go with pods.
         let passing = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
         let mut node_addresses: BTreeSet<IpAddr> = [TUNNEL_IN, TUNNEL_OUT]
-            .map(|tunnel| tunnel.host_addr.into())
-            .into();
+            .iter()
+            .flat_map(|tunnel| [tunnel.host_addr.into(), tunnel.host_addr6.into()])
+            .collect();
         let found = netlink.addresses().await?;
         node_addresses.extend(
             found

@@ -1,6 +1,6 @@
 //! What a pod's capture consists of: the plans of its redirect, and what the proxy is told.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use anyhow::anyhow;
 use host_net::netlink::Netlink;
@@ -10,7 +10,7 @@ use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
 use super::datapath::refuse_bridge;
-use super::node::{MAIN_TABLE, has_ipv6};
+use super::node::{MAIN_TABLE, NO_IPV6, has_ipv6};
 use super::{Agent, Pod, PodState};
 use crate::options::{Capture, InpodRules};
 
@@ -26,10 +26,6 @@ impl Agent {
 
     /// The plans of a pod in its state with their places, in the order of making.
     pub(super) async fn pod_plans(&self, pod: &Pod) -> anyhow::Result<Vec<(Place, Plan)>> {
-        let address = pod
-            .ipv4()
-            .next()
-            .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
         let phase = match pod.state {
             PodState::Draining => Phase::Draining,
             PodState::Pending | PodState::Captured | PodState::Leaving => Phase::Active,
@@ -42,15 +38,21 @@ impl Agent {
                 let netlink = Netlink::connect(&self.host).await?;
                 let facts = node_redirect::plan::PodFacts {
                     uid: pod.uid.clone(),
-                    ip: address,
-                    veth: pod_veth(&netlink, address).await?,
+                    addresses: pod.addresses.clone(),
+                    veth: pod_veth(&netlink, &pod.addresses).await?,
                     host_ip: setup.host_facts.host_ip,
+                    ends6: setup.host_facts.ends6,
                     main_has_default_route: setup.host_facts.main_has_default_route,
                     // The plugin's pods have no process yet, and so no connection.
                     live: pod.live,
                     dns_exempt: self.config.dns_capture && pod.dns_capture == Some(false),
                     ipv6: setup.host_facts.ipv6,
                 };
+                if facts.captured().next().is_none() {
+                    return Err(anyhow!(
+                        "the pod has only IPv6 addresses, and the node capture has no IPv6 here: {NO_IPV6}"
+                    ));
+                }
                 let on_node = (self.host_place(), node_redirect::plan::pod(&facts, phase));
                 if !facts.dns_exempt {
                     return Ok(vec![on_node]);
@@ -66,7 +68,10 @@ impl Agent {
                 let netns = pod.open_netns()?;
                 let facts = inpod_redirect::plan::PodFacts {
                     uid: pod.uid.clone(),
-                    ip: address,
+                    ip: pod
+                        .ipv4()
+                        .next()
+                        .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?,
                     ipv6: has_ipv6(&netns),
                     dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
                     live: pod.live && !pod.settled,
@@ -105,16 +110,25 @@ pub(super) fn announcement(pod: &Pod) -> anyhow::Result<Add> {
 
 /// The device through which the node reaches a pod: the node's end of its veth. The tables of the node capture are not
 /// asked, because a captured pod's address leads into the tunnel there.
-async fn pod_veth(netlink: &Netlink, address: Ipv4Addr) -> anyhow::Result<String> {
-    let destination = IpNet::from(IpAddr::V4(address));
-    let device = match netlink.device_to(MAIN_TABLE, destination).await? {
-        Some(name) => netlink.link(&name).await?,
-        None => None,
-    };
-    let device = device.ok_or_else(|| {
-        anyhow!("the node has no host route {address}/32 in its main table: node capture needs a routed CNI; use --mode inpod")
-    })?;
-    // A host route to a bridge does not lead there what the bridge itself hands on.
-    refuse_bridge("the pod", address, &device)?;
-    Ok(device.name)
+async fn pod_veth(netlink: &Netlink, addresses: &[IpAddr]) -> anyhow::Result<String> {
+    let mut missing = None;
+    for address in addresses.iter().copied() {
+        let destination = IpNet::from(address);
+        let device = match netlink.device_to(MAIN_TABLE, destination).await? {
+            Some(name) => netlink.link(&name).await?,
+            None => None,
+        };
+        if let Some(device) = device {
+            // A host route to a bridge does not lead there what the bridge itself hands on.
+            refuse_bridge("the pod", address, &device)?;
+            return Ok(device.name);
+        }
+        missing = missing.or(Some(destination));
+    }
+    Err(match missing {
+        Some(route) => anyhow!(
+            "the node has no host route {route} in its main table: node capture needs a routed CNI; use --mode inpod"
+        ),
+        None => anyhow!("the pod has no address"),
+    })
 }

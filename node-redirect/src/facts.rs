@@ -1,8 +1,8 @@
 //! Names and numbers of the node capture: the field's (Istio 1.15 to 1.20), unless marked as ours.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use host_net::plan::MarkMatch;
+use host_net::plan::{Family, MarkMatch};
 
 const fn bit(value: u32) -> MarkMatch {
     MarkMatch { value, mask: value }
@@ -49,7 +49,15 @@ pub const LIVE_PODS_SET: &str = "mesh-live-pods";
 pub const GUARD_SET: &str = "ambidex-guarded";
 /// Set of captured pods whose DNS queries are not captured; on the node and in the proxy's namespace.
 pub const DNS_EXEMPT_SET: &str = "mesh-dns-exempt";
-/// Ours: ip6tables chain (filter) that drops the IPv6 of captured pods.
+/// The set of this name for addresses of a family. The field has none for IPv6; ours end in `6`.
+pub fn set_of(name: &str, family: Family) -> String {
+    match family {
+        Family::V4 => name.to_owned(),
+        Family::V6 => format!("{name}6"),
+    }
+}
+
+/// Ours: ip6tables chain (filter) that drops what is not captured of the IPv6 of captured pods.
 pub const V6_CHAIN: &str = "ambidex-v6";
 
 /// A tunnel between node and proxy.
@@ -65,10 +73,20 @@ pub struct Tunnel {
     pub host_addr: Ipv4Addr,
     /// Address in the proxy's namespace.
     pub proxy_addr: Ipv4Addr,
+    /// Ours: IPv6 address on the node, where IPv6 is captured.
+    pub host_addr6: Ipv6Addr,
+    /// Ours: IPv6 address in the proxy's namespace.
+    pub proxy_addr6: Ipv6Addr,
 }
 
 /// Prefix length of the tunnels' addresses.
 pub const TUNNEL_PREFIX: u8 = 30;
+/// Prefix length of the tunnels' IPv6 addresses.
+pub const TUNNEL_PREFIX6: u8 = 126;
+/// The IPv6 address in a tunnel's own /64, beside the field's prefix for probes (fd16:9254:7127:1337::/64).
+const fn tunnel6(subnet: u16, host: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd16, 0x9254, 0x7127, subnet, 0, 0, 0, host)
+}
 /// To captured pods.
 pub const TUNNEL_IN: Tunnel = Tunnel {
     host: "istioin",
@@ -76,6 +94,8 @@ pub const TUNNEL_IN: Tunnel = Tunnel {
     vni: 1000,
     host_addr: Ipv4Addr::new(192, 168, 126, 1),
     proxy_addr: Ipv4Addr::new(192, 168, 126, 2),
+    host_addr6: tunnel6(0x126, 1),
+    proxy_addr6: tunnel6(0x126, 2),
 };
 /// From captured pods.
 pub const TUNNEL_OUT: Tunnel = Tunnel {
@@ -84,6 +104,8 @@ pub const TUNNEL_OUT: Tunnel = Tunnel {
     vni: 1001,
     host_addr: Ipv4Addr::new(192, 168, 127, 1),
     proxy_addr: Ipv4Addr::new(192, 168, 127, 2),
+    host_addr6: tunnel6(0x127, 1),
+    proxy_addr6: tunnel6(0x127, 2),
 };
 /// UDP port of the overlay when nothing else on the node uses it.
 pub const OVERLAY_PORT: u16 = 6081;

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -108,7 +108,9 @@ pub struct NodeScope {
 impl NodeScope {
     /// A scope whose sockets are in `proxy_netns`, the proxy's own namespace. No pod is announced.
     pub fn new(proxy_netns: Netns, config: NodeScopeConfig) -> Self {
-        let tunnel_ends = [TUNNEL_IN.host_addr, TUNNEL_OUT.host_addr].map(IpAddr::V4);
+        let tunnel_ends = [TUNNEL_IN, TUNNEL_OUT]
+            .into_iter()
+            .flat_map(|tunnel| [tunnel.host_addr.into(), tunnel.host_addr6.into()]);
         Self {
             id: ScopeId {
                 capture_mode: CAPTURE_MODE,
@@ -145,6 +147,19 @@ impl NodeScope {
         let before = announced.by_address.len();
         announced.by_address.retain(|_, pod| &*pod.uid != uid);
         announced.by_address.len() != before
+    }
+
+    fn answering(&self, address: SocketAddr) -> io::Result<UdpSocket> {
+        let domain = Domain::for_address(address);
+        let socket = self.netns.run(|| udp_socket(domain))??;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket
+            .bind(&SockAddr::from(address))
+            .map_err(|error| named(error, format!("UDP {address} in {:?}", self.netns)))?;
+        UdpSocket::from_std(socket.into())
     }
 
     fn announced(&self) -> RwLockReadGuard<'_, Announced> {
@@ -186,14 +201,39 @@ impl NodeScope {
         }
     }
 
-    fn listener(&self, role: Role, port: u16, mark: Option<MarkMatch>) -> io::Result<Listener> {
-        let socket = self.netns.run(|| tcp_socket(Domain::IPV4))??;
+    /// Listeners on a port for both families; one for IPv4 where there is no IPv6.
+    fn listeners(
+        &self,
+        role: Role,
+        port: u16,
+        mark: Option<MarkMatch>,
+    ) -> io::Result<Vec<Listener>> {
+        let v4 = self.listener(role, (Ipv4Addr::UNSPECIFIED, port).into(), mark)?;
+        let v6 = self.listener(role, (Ipv6Addr::UNSPECIFIED, port).into(), mark);
+        match v6 {
+            Ok(v6) => Ok(vec![v4, v6]),
+            Err(error) if is_without_ipv6(&error) => Ok(vec![v4]),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn listener(
+        &self,
+        role: Role,
+        address: SocketAddr,
+        mark: Option<MarkMatch>,
+    ) -> io::Result<Listener> {
+        let domain = Domain::for_address(address);
+        let socket = self.netns.run(|| tcp_socket(domain))??;
         socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        // The kernel has one flag for both families.
         socket.set_ip_transparent_v4(true)?;
         if let Some(mark) = mark {
             socket.set_mark(mark.value)?;
         }
-        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
         socket
             .bind(&SockAddr::from(address))
             .map_err(|error| named(error, format!("listener {address} in {:?}", self.netns)))?;
@@ -223,14 +263,12 @@ impl Scope for NodeScope {
     fn listen(&self, role: Role) -> io::Result<Vec<Listener>> {
         let mark = self.answer_mark(role);
         match role {
-            Role::Outbound => Ok(vec![self.listener(role, OUTBOUND_PORT, mark)?]),
-            Role::InboundPlaintext => {
-                Ok(vec![self.listener(role, INBOUND_PLAINTEXT_PORT, mark)?])
-            }
+            Role::Outbound => self.listeners(role, OUTBOUND_PORT, mark),
+            Role::InboundPlaintext => self.listeners(role, INBOUND_PLAINTEXT_PORT, mark),
             Role::InboundHbone => {
-                let mut listeners = vec![self.listener(role, HBONE_PORT, mark)?];
+                let mut listeners = self.listeners(role, HBONE_PORT, mark)?;
                 if self.same_node == SameNode::Hbone {
-                    listeners.push(self.listener(
+                    listeners.extend(self.listeners(
                         role,
                         SAME_NODE_HBONE_PORT,
                         Some(MARK_SAME_NODE),
@@ -238,7 +276,7 @@ impl Scope for NodeScope {
                 }
                 Ok(listeners)
             }
-            Role::Dns => Ok(vec![self.listener(role, DNS_PORT, mark)?]),
+            Role::Dns => self.listeners(role, DNS_PORT, mark),
         }
     }
 
@@ -247,13 +285,12 @@ impl Scope for NodeScope {
         if role != Role::Dns {
             return Ok(Vec::new());
         }
-        let socket = self.netns.run(|| udp_socket(Domain::IPV4))??;
-        socket.set_reuse_address(true)?;
-        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, DNS_PORT));
-        socket
-            .bind(&SockAddr::from(address))
-            .map_err(|error| named(error, format!("UDP {address} in {:?}", self.netns)))?;
-        Ok(vec![UdpSocket::from_std(socket.into())?])
+        let v4 = self.answering((Ipv4Addr::UNSPECIFIED, DNS_PORT).into())?;
+        match self.answering((Ipv6Addr::UNSPECIFIED, DNS_PORT).into()) {
+            Ok(v6) => Ok(vec![v4, v6]),
+            Err(error) if is_without_ipv6(&error) => Ok(vec![v4]),
+            Err(error) => Err(error),
+        }
     }
 
     /// With the proxy's own address, which every route leads back to.
@@ -291,6 +328,14 @@ impl Scope for NodeScope {
             SameNode::Direct => self.pod_at(dst),
         }
     }
+}
+
+/// Error number of a family that the kernel does not have (asm-generic/errno.h).
+const EAFNOSUPPORT: i32 = 97;
+
+/// A kernel without IPv6, or a namespace where no device has it.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(EAFNOSUPPORT) || error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
 fn tcp_socket(domain: Domain) -> io::Result<Socket> {

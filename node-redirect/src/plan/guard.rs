@@ -6,17 +6,17 @@
 
 use super::*;
 
-/// For packets that the node forwards.
-pub(super) fn forward(facts: &HostFacts, flow: Flow) -> Vec<String> {
-    let (zip, veth) = (facts.proxy_ip, &facts.proxy_veth);
+/// For packets that the node forwards; `guarded` is the set of a family and `proxy` the proxy's address in it.
+pub(super) fn forward(facts: &HostFacts, guarded: &str, proxy: &str, flow: Flow) -> Vec<String> {
+    let veth = &facts.proxy_veth;
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
     let begins = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -m set --match-set";
     let mut rules = vec![
         // A connection that begins goes into the tunnel, unless the proxy makes it or it is to the proxy itself: whoever
         // reads the metrics of all proxies may be captured, too.
-        format!("! -d {zip}/32 ! -i {veth} ! -o {tunnel_out} {begins} {GUARD_SET} src -j DROP"),
+        format!("! -d {proxy} ! -i {veth} ! -o {tunnel_out} {begins} {guarded} src -j DROP"),
         format!(
-            "! -i {veth} ! -o {tunnel_in} {begins} {GUARD_SET} dst -m set ! --match-set {GUARD_SET} src -j DROP"
+            "! -i {veth} ! -o {tunnel_in} {begins} {guarded} dst -m set ! --match-set {guarded} src -j DROP"
         ),
         // One that the proxy speaks in with somebody else's address comes from it or goes to it, for life.
         format!("! -i {veth} ! -o {veth} -m connmark --mark {MARK_PROXY} -j DROP"),

@@ -1,5 +1,7 @@
 //! The iptables rules of the node capture, spelled as `iptables-save` prints them.
 
+use std::net::SocketAddr;
+
 use super::*;
 
 const PREROUTING: &str = "ztunnel-PREROUTING";
@@ -30,13 +32,93 @@ fn set_connection_mark(mark: MarkMatch) -> String {
     format!("-j CONNMARK --set-xmark {mark}")
 }
 
-fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
+/// Types of ICMPv6 by which neighbours and routers are found (RFC 4861): the link's own business.
+const NEIGHBOUR_DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+/// Types of ICMPv6 that tell of a packet that did not arrive (RFC 4443).
+const ERRORS: std::ops::RangeInclusive<u8> = 1..=4;
+
+/// What the same rule is called in a family.
+struct Words {
+    family: Family,
+    /// The proxy's address with its prefix length.
+    proxy: String,
+    /// The proxy's DNS port.
+    dns: String,
+    pods: String,
+    live: String,
+    guarded: String,
+    dns_exempt: String,
+}
+
+impl Words {
+    fn new(family: Family, proxy_ip: IpAddr) -> Self {
+        let set = |name| set_of(name, family);
+        Self {
+            family,
+            proxy: IpNet::from(proxy_ip).to_string(),
+            dns: SocketAddr::new(proxy_ip, DNS_PORT).to_string(),
+            pods: set(PODS_SET),
+            live: set(LIVE_PODS_SET),
+            guarded: set(GUARD_SET),
+            dns_exempt: set(DNS_EXEMPT_SET),
+        }
+    }
+
+    fn icmp(&self) -> &'static str {
+        match self.family {
+            Family::V4 => "icmp",
+            Family::V6 => "ipv6-icmp",
+        }
+    }
+
+    /// Before rules that would mark what IPv6 finds its neighbours by, which would be routed anew for it.
+    fn neighbours_pass(&self) -> Vec<String> {
+        match self.family {
+            Family::V4 => Vec::new(),
+            Family::V6 => of_types(NEIGHBOUR_DISCOVERY, "-j RETURN"),
+        }
+    }
+
+    /// The tunnels' outer packets are IPv4 only, and their mark would become the inner one's.
+    fn outer_passes(&self, port: u16) -> Option<String> {
+        let is_outer = self.family == Family::V4;
+        is_outer.then(|| format!("-p udp -m udp --dport {port} -j RETURN"))
+    }
+
+    fn tproxy(&self, port: u16, mark: MarkMatch) -> String {
+        let loopback = match self.family {
+            Family::V4 => IpAddr::from(Ipv4Addr::LOCALHOST),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        };
+        format!("-j TPROXY --on-port {port} --on-ip {loopback} --tproxy-mark {mark}")
+    }
+
+    /// Leads what ICMP says of a connection to the socket that speaks with somebody else's address.
+    fn errors_return(&self, selected: &str) -> Vec<String> {
+        let to_returning = set_mark(MARK_RETURN);
+        match self.family {
+            Family::V4 => vec![format!("{selected} -p icmp {to_returning}")],
+            Family::V6 => of_types(ERRORS, &to_returning)
+                .into_iter()
+                .map(|rule| format!("{selected} {rule}"))
+                .collect(),
+        }
+    }
+}
+
+fn of_types(types: std::ops::RangeInclusive<u8>, then: &str) -> Vec<String> {
+    types
+        .map(|number| format!("-p ipv6-icmp -m icmp6 --icmpv6-type {number} {then}"))
+        .collect()
+}
+
+fn chain(family: Family, table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
     let jump = Jump {
         from: from.to_owned(),
         position: Position::First,
     };
     Step::Chain(Chain {
-        family: Family::V4,
+        family,
         table,
         name: name.to_owned(),
         rules,
@@ -45,9 +127,9 @@ fn chain(table: Table, name: &str, from: &str, rules: Vec<String>) -> Step {
 }
 
 /// A chain that only another one leads to.
-fn inner_chain(table: Table, name: &str, rules: Vec<String>) -> Step {
+fn inner_chain(family: Family, table: Table, name: &str, rules: Vec<String>) -> Step {
     Step::Chain(Chain {
-        family: Family::V4,
+        family,
         table,
         name: name.to_owned(),
         rules,
@@ -56,20 +138,28 @@ fn inner_chain(table: Table, name: &str, rules: Vec<String>) -> Step {
 }
 
 /// The chains on the node.
-pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
+pub(super) fn host(facts: &HostFacts, family: Family, proxy_ip: IpAddr, flow: Flow) -> Vec<Step> {
+    let words = &Words::new(family, proxy_ip);
+    let chain = |table, name, from, rules| chain(family, table, name, from, rules);
+    let inner_chain = |table, name, rules| inner_chain(family, table, name, rules);
+    let when_dns = |rule: String| facts.dns.then_some(rule).into_iter().collect::<Vec<_>>();
     let accept = || vec![format!("{} -j ACCEPT", marked(MARK_OUTBOUND))];
     let to = |own: &str| vec![format!("-j {own}")];
     vec![
-        inner_chain(Table::Mangle, OWN_PREROUTING, own_prerouting(facts, flow)),
+        inner_chain(
+            Table::Mangle,
+            OWN_PREROUTING,
+            own_prerouting(facts, words, flow),
+        ),
         chain(
             Table::Mangle,
             PREROUTING,
             "PREROUTING",
-            [to(OWN_PREROUTING), field_prerouting(facts)].concat(),
+            [to(OWN_PREROUTING), field_prerouting(facts, words)].concat(),
         ),
         chain(Table::Mangle, INPUT, "INPUT", save_connection_marks()),
         chain(Table::Mangle, FORWARD, "FORWARD", save_connection_marks()),
-        inner_chain(Table::Mangle, OWN_OUTPUT, own_output(flow)),
+        inner_chain(Table::Mangle, OWN_OUTPUT, own_output(words, flow)),
         chain(Table::Mangle, OUTPUT, "OUTPUT", to(OWN_OUTPUT)),
         // Empty with the field, too, and in every listing of it.
         chain(Table::Mangle, POSTROUTING, "POSTROUTING", Vec::new()),
@@ -79,15 +169,19 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
             Table::Nat,
             PREROUTING,
             "PREROUTING",
-            [accept(), dns_to_proxy(facts)].concat(),
+            [accept(), when_dns(dns_to_proxy(words))].concat(),
         ),
         chain(
             Table::Nat,
             POSTROUTING,
             "POSTROUTING",
-            [accept(), dns_keeps_its_source(facts)].concat(),
+            [accept(), when_dns(dns_keeps_its_source(words))].concat(),
         ),
-        inner_chain(Table::Filter, OWN_FORWARD, guard::forward(facts, flow)),
+        inner_chain(
+            Table::Filter,
+            OWN_FORWARD,
+            guard::forward(facts, &words.guarded, &words.proxy, flow),
+        ),
         chain(
             Table::Filter,
             FORWARD,
@@ -99,37 +193,39 @@ pub(super) fn host(facts: &HostFacts, flow: Flow) -> Vec<Step> {
 
 /// Queries by UDP are led to the proxy's own address: a datagram says whom it came from, but not whom it was meant for, and
 /// the proxy need not know that. Answers are translated back by conntrack. Queries by TCP are captured as any connection.
-fn dns_to_proxy(facts: &HostFacts) -> Vec<String> {
-    let rule = format!(
-        "-p udp -m udp --dport 53 -m set --match-set {PODS_SET} src -m set ! --match-set {DNS_EXEMPT_SET} src -j DNAT --to-destination {}:{DNS_PORT}",
-        facts.proxy_ip
-    );
-    facts.dns.then_some(rule).into_iter().collect()
+fn dns_to_proxy(words: &Words) -> String {
+    let Words {
+        pods,
+        dns_exempt,
+        dns,
+        ..
+    } = words;
+    format!(
+        "-p udp -m udp --dport 53 -m set --match-set {pods} src -m set ! --match-set {dns_exempt} src -j DNAT --to-destination {dns}"
+    )
 }
 
 /// The proxy tells pods apart by their address.
-fn dns_keeps_its_source(facts: &HostFacts) -> Vec<String> {
-    let rule = format!(
-        "-d {}/32 -p udp -m udp --dport {DNS_PORT} -m set --match-set {PODS_SET} src -j ACCEPT",
-        facts.proxy_ip
-    );
-    facts.dns.then_some(rule).into_iter().collect()
+fn dns_keeps_its_source(words: &Words) -> String {
+    let Words { proxy, pods, .. } = words;
+    format!("-d {proxy} -p udp -m udp --dport {DNS_PORT} -m set --match-set {pods} src -j ACCEPT")
 }
 
 /// The field's rules, as of 1.20.
-fn field_prerouting(facts: &HostFacts) -> Vec<String> {
-    let (zip, veth) = (facts.proxy_ip, &facts.proxy_veth);
+fn field_prerouting(facts: &HostFacts, words: &Words) -> Vec<String> {
+    let (proxy, veth) = (&words.proxy, &facts.proxy_veth);
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
     let skip = set_mark(MARK_SKIP);
     let skipped = format!("{} -j RETURN", marked(MARK_SKIP));
-    vec![
+    let mut rules = vec![
         // Out of a tunnel: from the proxy, final.
         format!("-i {tunnel_in} {skip}"),
         format!("-i {tunnel_in} -j RETURN"),
         format!("-i {tunnel_out} {skip}"),
         format!("-i {tunnel_out} -j RETURN"),
-        // The outer packet's mark would become the inner one's.
-        format!("-p udp -m udp --dport {} -j RETURN", facts.port),
+    ];
+    rules.extend(words.outer_passes(facts.port));
+    rules.extend([
         format!("{} {skip}", connection_marked(MARK_CONN_SKIP)),
         skipped.clone(),
         // Answers to what the proxy sent with somebody else's address.
@@ -140,21 +236,23 @@ fn field_prerouting(facts: &HostFacts) -> Vec<String> {
         ),
         format!("{} -j RETURN", marked(MARK_PROXY_RETURN)),
         // From the proxy: with somebody else's address, or its own.
-        format!("! -s {zip}/32 -i {veth} {}", set_mark(MARK_PROXY)),
+        format!("! -s {proxy} -i {veth} {}", set_mark(MARK_PROXY)),
         skipped.clone(),
         format!("-i {veth} {}", set_mark(MARK_CONN_SKIP)),
         format!("-p udp {}", set_mark(MARK_CONN_SKIP)),
         skipped,
         format!(
-            "-p tcp -m set --match-set {PODS_SET} src {}",
+            "-p tcp -m set --match-set {} src {}",
+            words.pods,
             set_mark(MARK_OUTBOUND)
         ),
-    ]
+    ]);
+    rules
 }
 
 /// What the field's rules lack, before them: a packet that gets no mark here is theirs, one that is to skip the capture
 /// meets their first rule about that, and the marks for connections that stay in a tunnel come first in policy routing.
-fn own_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
+fn own_prerouting(facts: &HostFacts, words: &Words, flow: Flow) -> Vec<String> {
     let veth = &facts.proxy_veth;
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.host, TUNNEL_OUT.host);
     let skip = set_mark(MARK_SKIP);
@@ -169,9 +267,9 @@ fn own_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
             set_connection_mark(MARK_STAYS_OUT)
         ));
     }
+    rules.push(format!("-i {tunnel_out} -j RETURN"));
+    rules.extend(words.outer_passes(facts.port));
     rules.extend([
-        format!("-i {tunnel_out} -j RETURN"),
-        format!("-p udp -m udp --dport {} -j RETURN", facts.port),
         format!("{} -j RETURN", connection_marked(MARK_CONN_SKIP)),
         format!(
             "{} {}",
@@ -200,8 +298,8 @@ fn own_prerouting(facts: &HostFacts, flow: Flow) -> Vec<String> {
     let not_syn = format!("-p tcp -m tcp ! {SYN} -m set --match-set");
     rules.extend([
         format!("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED {skip}"),
-        format!("{not_syn} {LIVE_PODS_SET} src {skip}"),
-        format!("{not_syn} {LIVE_PODS_SET} dst {skip}"),
+        format!("{not_syn} {} src {skip}", words.live),
+        format!("{not_syn} {} dst {skip}", words.live),
     ]);
     rules
 }
@@ -220,7 +318,7 @@ fn save_connection_marks() -> Vec<String> {
         .to_vec()
 }
 
-fn own_output(flow: Flow) -> Vec<String> {
+fn own_output(words: &Words, flow: Flow) -> Vec<String> {
     // "Fragmentation needed" for a connection of the proxy is addressed to whose address it speaks with. Lead it to the
     // proxy the way the connection's packets go, or large packets vanish without a trace.
     let mut ways = vec![(MARK_PROXY, MARK_PROXY_RETURN)];
@@ -228,10 +326,11 @@ fn own_output(flow: Flow) -> Vec<String> {
         ways.push((MARK_STAYS_IN, MARK_STAYS_IN));
         ways.push((MARK_STAYS_OUT, MARK_OUTBOUND));
     }
-    let mut rules = Vec::new();
+    let mut rules = words.neighbours_pass();
     for (connection, mark) in ways {
         rules.push(format!(
-            "-p icmp {} {}",
+            "-p {} {} {}",
+            words.icmp(),
             connection_marked(connection),
             set_mark(mark)
         ));
@@ -239,36 +338,38 @@ fn own_output(flow: Flow) -> Vec<String> {
     }
     // Everything else from the node to a captured pod is direct: probes first of all.
     rules.push(format!(
-        "-m set --match-set {PODS_SET} dst {}",
+        "-m set --match-set {} dst {}",
+        words.pods,
         set_mark(MARK_SKIP)
     ));
     rules
 }
 
 /// The rules in the proxy's namespace: the field's in PREROUTING itself.
-pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
-    let (device, zip) = (&facts.device, facts.proxy_ip);
+pub(super) fn proxy(facts: &ProxyFacts, family: Family, proxy_ip: IpAddr, flow: Flow) -> Vec<Step> {
+    let words = &Words::new(family, proxy_ip);
+    let (device, proxy) = (&facts.device, &words.proxy);
     let (tunnel_in, tunnel_out) = (TUNNEL_IN.proxy, TUNNEL_OUT.proxy);
     let rules = [
         // Before the rule for all of this tunnel: HBONE has a listener of its own.
         format!(
             "-i {tunnel_in} -p tcp -m tcp --dport {HBONE_PORT} {}",
-            tproxy(HBONE_PORT, MARK_TPROXY)
+            words.tproxy(HBONE_PORT, MARK_TPROXY)
         ),
         format!(
             "-i {tunnel_out} -p tcp {}",
-            tproxy(OUTBOUND_PORT, MARK_TPROXY)
+            words.tproxy(OUTBOUND_PORT, MARK_TPROXY)
         ),
         format!(
             "-i {tunnel_in} -p tcp {}",
-            tproxy(INBOUND_PLAINTEXT_PORT, MARK_TPROXY)
+            words.tproxy(INBOUND_PLAINTEXT_PORT, MARK_TPROXY)
         ),
         // For sockets that speak with somebody else's address.
-        format!("! -d {zip}/32 -i {device} -p tcp {}", set_mark(MARK_RETURN)),
+        format!("! -d {proxy} -i {device} -p tcp {}", set_mark(MARK_RETURN)),
     ];
     let rules = rules.into_iter().map(|rule| {
         Step::ChainRule(ChainRule {
-            family: Family::V4,
+            family,
             table: Table::Mangle,
             chain: "PREROUTING".to_owned(),
             rule,
@@ -276,45 +377,41 @@ pub(super) fn proxy(facts: &ProxyFacts, flow: Flow) -> Vec<Step> {
         })
     });
     let own = chain(
+        family,
         Table::Mangle,
         OWN_PREROUTING,
         "PREROUTING",
-        own_in_proxy(facts, flow),
+        own_in_proxy(facts, words, flow),
     );
     std::iter::once(own).chain(rules).collect()
 }
 
-fn tproxy(port: u16, mark: MarkMatch) -> String {
-    format!("-j TPROXY --on-port {port} --on-ip 127.0.0.1 --tproxy-mark {mark}")
-}
-
-fn own_in_proxy(facts: &ProxyFacts, flow: Flow) -> Vec<String> {
-    let (device, zip) = (&facts.device, facts.proxy_ip);
-    let to_returning = set_mark(MARK_RETURN);
+fn own_in_proxy(facts: &ProxyFacts, words: &Words, flow: Flow) -> Vec<String> {
+    let (device, proxy) = (&facts.device, &words.proxy);
     let mut rules = Vec::new();
     if facts.dns {
         // Before the rule for all of this tunnel.
         rules.push(format!(
-            "-i {} -p tcp -m tcp --dport 53 -m set ! --match-set {DNS_EXEMPT_SET} src {}",
+            "-i {} -p tcp -m tcp --dport 53 -m set ! --match-set {} src {}",
             TUNNEL_OUT.proxy,
-            tproxy(DNS_PORT, MARK_TPROXY)
+            words.dns_exempt,
+            words.tproxy(DNS_PORT, MARK_TPROXY)
         ));
     }
-    rules.extend([
-        // From one pod of this node to another: never left this namespace. The mark keeps it here.
-        format!(
-            "-i lo -p tcp -m tcp --dport {HBONE_PORT} {}",
-            tproxy(SAME_NODE_HBONE_PORT, MARK_SAME_NODE)
-        ),
-        // What is said about the connections of sockets that speak with somebody else's address.
-        format!("! -d {zip}/32 -i {device} -p icmp {to_returning}"),
-    ]);
+    // From one pod of this node to another: never left this namespace. The mark keeps it here.
+    rules.push(format!(
+        "-i lo -p tcp -m tcp --dport {HBONE_PORT} {}",
+        words.tproxy(SAME_NODE_HBONE_PORT, MARK_SAME_NODE)
+    ));
+    // What is said about the connections of sockets that speak with somebody else's address.
+    rules.extend(words.errors_return(&format!("! -d {proxy} -i {device}")));
     if flow == Flow::Tunnel {
         for tunnel in [TUNNEL_IN, TUNNEL_OUT] {
-            rules.push(format!(
-                "! -d {}/32 -i {} -p icmp {to_returning}",
-                tunnel.proxy_addr, tunnel.proxy
-            ));
+            let own = match words.family {
+                Family::V4 => IpNet::from(IpAddr::from(tunnel.proxy_addr)),
+                Family::V6 => IpNet::from(IpAddr::from(tunnel.proxy_addr6)),
+            };
+            rules.extend(words.errors_return(&format!("! -d {own} -i {}", tunnel.proxy)));
         }
     }
     rules

@@ -15,6 +15,7 @@ fn host_facts() -> HostFacts {
         mtu: 1450,
         main_has_default_route: true,
         ipv6: true,
+        ends6: None,
         dns: false,
     }
 }
@@ -27,6 +28,7 @@ fn proxy_facts() -> ProxyFacts {
         overlay: OverlayKind::Geneve,
         port: OVERLAY_PORT,
         mtu: 1450,
+        ends6: None,
         dns: false,
     }
 }
@@ -34,9 +36,10 @@ fn proxy_facts() -> ProxyFacts {
 fn pod_facts() -> PodFacts {
     PodFacts {
         uid: "0ff78312-3a13-4a02-b39d-644bfb91e861".to_owned(),
-        ip: Ipv4Addr::new(10, 244, 1, 5),
+        addresses: vec!["10.244.1.5".parse().unwrap()],
         veth: "veth99".to_owned(),
         host_ip: Ipv4Addr::new(10, 244, 1, 1),
+        ends6: None,
         main_has_default_route: true,
         live: true,
         ipv6: true,
@@ -86,7 +89,7 @@ fn an_exempt_pod() {
         dns_exempt: true,
         ..pod_facts()
     };
-    let member = format!("ipset add {DNS_EXEMPT_SET} {}", facts.ip);
+    let member = format!("ipset add {DNS_EXEMPT_SET} 10.244.1.5");
     let has = |plan: &Plan| as_commands(plan).iter().any(|it| it.contains(&member));
     assert!(has(&pod(&facts, Phase::Active)) && has(&proxy_pod(&facts, Phase::Active)));
     assert!(!has(&pod(&pod_facts(), Phase::Active)));
@@ -114,6 +117,56 @@ fn older_connections_are_told_apart(#[values(Flow::Hybrid, Flow::Tunnel)] flow: 
     for direction in ["src", "dst"] {
         assert!(skips(&format!("--match-set {LIVE_PODS_SET} {direction}")));
     }
+}
+
+fn ends6() -> Option<Ends6> {
+    Some(Ends6 {
+        proxy_ip: "fd00:10:244:1::2".parse().unwrap(),
+        host_ip: "fd00:10:244:1::1".parse().unwrap(),
+    })
+}
+
+/// What the capture of IPv6 adds; what is there without it stays as it is.
+#[rstest]
+fn ipv6_beside_ipv4(#[values(Flow::Hybrid, Flow::Tunnel)] flow: Flow) {
+    let commands = |ends6| {
+        let (mut on_host, mut in_proxy) = (host_facts(), proxy_facts());
+        (on_host.ends6, in_proxy.ends6) = (ends6, ends6);
+        (on_host.dns, in_proxy.dns) = (true, true);
+        [host(&on_host, flow), proxy(&in_proxy, flow)].map(|plan| as_commands(&plan))
+    };
+    let mut added = Vec::new();
+    for (without, with) in commands(None).iter().zip(&commands(ends6())) {
+        let mut rest = with.iter();
+        assert!(without.iter().all(|wanted| rest.any(|it| it == wanted)));
+        let new = with.iter().filter(|command| !without.contains(command));
+        added.extend(new.cloned());
+    }
+    insta::assert_snapshot!(format!("ipv6_{flow}"), added.join("\n"));
+}
+
+#[test]
+fn a_pod_with_several_addresses() {
+    let facts = PodFacts {
+        addresses: ["10.244.1.5", "10.245.1.5", "fd00:10:244:1::5"]
+            .map(|ip| ip.parse().unwrap())
+            .to_vec(),
+        ends6: ends6(),
+        ..pod_facts()
+    };
+    snapshot("pod_several_addresses", &pod(&facts, Phase::Active));
+    // Where IPv6 is not captured, that of the pod is dropped and all else is as without it.
+    let without = PodFacts {
+        ends6: None,
+        ..facts.clone()
+    };
+    let commands = as_commands(&pod(&without, Phase::Active)).join("\n");
+    assert!(
+        commands.contains("ambidex-v6 -i veth99 -j DROP"),
+        "{commands}"
+    );
+    assert!(!commands.contains("fd00"), "{commands}");
+    assert!(commands.contains("10.245.1.5/32"), "{commands}");
 }
 
 #[test]

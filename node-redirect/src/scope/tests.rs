@@ -78,7 +78,7 @@ async fn listeners_carry_the_mark_that_leads_answers_back(
     #[case] expected: &[(u16, u32)],
 ) {
     let scope = scope(flow, same_node);
-    let mut found = Vec::new();
+    let mut found: [Vec<(u16, u32)>; 2] = [Vec::new(), Vec::new()];
     let mut listeners = Vec::new();
     for role in [
         Role::Outbound,
@@ -91,9 +91,10 @@ async fn listeners_carry_the_mark_that_leads_answers_back(
     for listener in &listeners {
         let socket = listener.as_socket();
         assert!(socket.ip_transparent_v4().unwrap());
-        found.push((listener.port(), socket.mark().unwrap()));
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        found[usize::from(local.is_ipv6())].push((listener.port(), socket.mark().unwrap()));
     }
-    assert_eq!(found, expected);
+    assert_eq!(found, [expected, expected], "the same for both families");
     let error = scope.listen(Role::Outbound).unwrap_err().to_string();
     assert!(error.contains("0.0.0.0:15001"), "names the object: {error}");
 }

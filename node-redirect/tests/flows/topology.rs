@@ -421,6 +421,7 @@ fn host_facts(node: Pod, proxy: Pod) -> HostFacts {
         mtu: MTU,
         main_has_default_route: true,
         ipv6: true,
+        ends6: None,
         dns: false,
     }
 }
@@ -433,6 +434,7 @@ fn proxy_facts(node: Pod, proxy: Pod) -> ProxyFacts {
         overlay: OverlayKind::Vxlan,
         port: 6081,
         mtu: MTU,
+        ends6: None,
         dns: false,
     }
 }
@@ -440,13 +442,14 @@ fn proxy_facts(node: Pod, proxy: Pod) -> ProxyFacts {
 fn pod_facts(pod: Pod, live: bool) -> PodFacts {
     PodFacts {
         uid: format!("uid-{}", pod.netns),
-        ip: pod.ip,
+        addresses: vec![pod.ip.into()],
         veth: format!("v{}", pod.netns),
         host_ip: if pod.ip.octets()[2] == 1 {
             HOST_1
         } else {
             HOST_2
         },
+        ends6: None,
         main_has_default_route: true,
         live,
         ipv6: true,
