@@ -59,6 +59,7 @@ fn a_replaced_proxy_is_followed(#[values(Mode::Node, Mode::Mixed)] mode: Mode) {
         ip: node.proxy_ip,
         gateway: node.pod_gateway,
         cni: node.cni,
+        families: node.families,
     };
     ip_batch(&node.netns, &attachment.node_side());
     ip_batch(&node.proxy_netns, &attachment.pod_side());

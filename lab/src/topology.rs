@@ -11,6 +11,7 @@
 //! Every box is a network namespace named `adx-<lab>-<box>`. Pods and proxies hang on their node by one veth each, with a
 //! /32 host route or as a port of a bridge ([`network`]). Nothing here touches the kernel; [`crate::standing`] does.
 
+pub mod ipv6;
 pub mod kube_proxy;
 pub mod network;
 pub mod spec;
@@ -23,7 +24,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use spec::{
-    Capture, Cni, InpodRules, LabSpec, Mode, NodeFlow, Overlay, Programs, SameNode, SpecError,
+    Capture, Cni, Families, InpodRules, LabSpec, Mode, NodeFlow, Overlay, Programs, SameNode,
+    SpecError,
 };
 
 /// Address of the outside host, the same from both nodes (TEST-NET-3).
@@ -101,6 +103,8 @@ pub struct Node {
     pub pod_gateway: Ipv4Addr,
     /// How its pods are connected to it.
     pub cni: Cni,
+    /// Which addresses its pods have: their own ones, the twins of these ([`ipv6::twin`]), or both.
+    pub families: Families,
     /// Prefix of its pods.
     pub pod_cidr: String,
     /// Its address on the link to the outside host.
@@ -124,6 +128,8 @@ pub struct Node {
 pub struct Topology {
     /// Name of the lab.
     pub lab: String,
+    /// Which addresses its pods have.
+    pub families: Families,
     /// Its nodes.
     pub nodes: Vec<Node>,
     /// Name of the outside host's network namespace.
@@ -153,6 +159,7 @@ impl Topology {
             .collect();
         Self {
             lab: spec.name.clone(),
+            families: spec.families,
             nodes,
             outside_netns: netns_name(&spec.name, "out"),
         }
@@ -256,6 +263,7 @@ fn node(spec: &LabSpec, index: u8, pods: u8, generations: &BTreeMap<String, u32>
         address: Ipv4Addr::new(172, 30, 0, index),
         pod_gateway: Ipv4Addr::new(10, 244, index, 1),
         cni: spec.cni,
+        families: spec.families,
         pod_cidr: format!("10.244.{index}.0/24"),
         outside_address: Ipv4Addr::new(172, 31, index, 1),
         outside_gateway: Ipv4Addr::new(172, 31, index, 2),

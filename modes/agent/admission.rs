@@ -97,11 +97,9 @@ pub(super) async fn admit(
     };
     well_formed("ServiceAccount", service_account, NAME_LIMIT)?;
     let addresses: Vec<IpAddr> = event.ips.iter().map(|ip| ip.address.addr()).collect();
-    let Some(address) = addresses.iter().copied().find(IpAddr::is_ipv4) else {
-        return Err(invalid(
-            "the pod has no IPv4 address: only IPv4 is captured",
-        ));
-    };
+    if addresses.is_empty() {
+        return Err(invalid("the pod has no address"));
+    }
     if addresses.len() > ADDRESS_LIMIT {
         return Err(invalid(format!(
             "{} addresses: want at most {ADDRESS_LIMIT}",
@@ -139,7 +137,7 @@ pub(super) async fn admit(
         drains_until: None,
     };
     refuse_second_attachment(agent, &pod)?;
-    refuse_wrong_place(agent, &pod, &netns, address).await?;
+    refuse_wrong_place(agent, &pod, &netns).await?;
     Ok(pod)
 }
 
@@ -165,13 +163,8 @@ fn refuse_second_attachment(agent: &Agent, pod: &Pod) -> Result<(), EnrolError> 
     Ok(())
 }
 
-/// A pod is captured in a namespace of its own that has its address.
-async fn refuse_wrong_place(
-    agent: &Agent,
-    pod: &Pod,
-    netns: &Netns,
-    address: IpAddr,
-) -> Result<(), EnrolError> {
+/// A pod is captured in a namespace of its own that has its addresses.
+async fn refuse_wrong_place(agent: &Agent, pod: &Pod, netns: &Netns) -> Result<(), EnrolError> {
     if netns.id() == agent.host.id() {
         return Err(invalid(format!(
             "pod {} is in the node's own network namespace (hostNetwork): it cannot be captured",
@@ -191,16 +184,18 @@ async fn refuse_wrong_place(
         pod: pod.qualified_name(),
         error: error.into(),
     };
-    if has_address(&agent.host, address).await.map_err(failed)? {
-        return Err(invalid(format!(
-            "{address} is an address of the node itself"
-        )));
-    }
-    if !has_address(netns, address).await.map_err(failed)? {
-        return Err(invalid(format!(
-            "{address} is not an address of the network namespace {}",
-            pod.netns.display()
-        )));
+    for address in pod.addresses.iter().copied() {
+        if has_address(&agent.host, address).await.map_err(failed)? {
+            return Err(invalid(format!(
+                "{address} is an address of the node itself"
+            )));
+        }
+        if !has_address(netns, address).await.map_err(failed)? {
+            return Err(invalid(format!(
+                "{address} is not an address of the network namespace {}",
+                pod.netns.display()
+            )));
+        }
     }
     Ok(())
 }

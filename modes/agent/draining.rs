@@ -40,7 +40,7 @@ pub struct PodConnections {
     pub node: usize,
     /// Those that go through the proxy.
     pub through: usize,
-    /// Those by IPv6: a captured pod has none, so they were cut.
+    /// Those by IPv6 where IPv6 is not captured: it is dropped, so they were cut.
     #[serde(default)]
     pub cut: usize,
 }
@@ -225,7 +225,14 @@ impl Agent {
     pub(super) fn outside(&self, pod: &Pod) -> anyhow::Result<BTreeSet<Connection>> {
         let in_pod = connections(&pod.open_netns()?)?;
         let proxys = self.proxy_ends(pod)?;
-        Ok(sort(pod, &self.nodes_of(pod)?, &in_pod, &proxys).outside)
+        Ok(sort(
+            pod,
+            &self.nodes_of(pod)?,
+            &in_pod,
+            &proxys,
+            self.captures_ipv6(pod),
+        )
+        .outside)
     }
 
     /// The addresses from which the node itself speaks with a pod.
@@ -276,7 +283,13 @@ impl Agent {
     pub(super) fn connections_of(&self, pod: &Pod) -> anyhow::Result<PodConnections> {
         let in_pod = connections(&pod.open_netns()?)?;
         let proxys = self.proxy_ends(pod)?;
-        let sorted = sort(pod, &self.nodes_of(pod)?, &in_pod, &proxys);
+        let sorted = sort(
+            pod,
+            &self.nodes_of(pod)?,
+            &in_pod,
+            &proxys,
+            self.captures_ipv6(pod),
+        );
         Ok(PodConnections {
             uid: pod.uid.clone(),
             outside: sorted.outside.len(),
@@ -284,6 +297,16 @@ impl Agent {
             node: sorted.node,
             cut: sorted.cut,
         })
+    }
+
+    /// Whether the pod's IPv6 goes through the proxy; else it is dropped.
+    fn captures_ipv6(&self, pod: &Pod) -> bool {
+        match pod.mode {
+            Capture::Node => self
+                .node_setup()
+                .is_some_and(|setup| setup.host_facts.ends6.is_some()),
+            Capture::Inpod => false,
+        }
     }
 
     /// The proxy's sockets that speak with the pod, or for it.
@@ -341,6 +364,7 @@ fn sort(
     nodes: &BTreeSet<IpAddr>,
     in_pod: &[Connection],
     proxys: &[Connection],
+    captures_ipv6: bool,
 ) -> Sorted {
     let peers: BTreeSet<(SocketAddr, SocketAddr)> =
         proxys.iter().map(|end| (end.peer, end.local)).collect();
@@ -366,7 +390,7 @@ fn sort(
             continue;
         } else if nodes.contains(&end.peer.ip()) {
             sorted.node += 1;
-        } else if end.peer.is_ipv6() && pod.state != PodState::Draining {
+        } else if end.peer.is_ipv6() && !captures_ipv6 && pod.state != PodState::Draining {
             sorted.cut += 1;
         } else {
             sorted.outside.insert(*end);

@@ -20,7 +20,7 @@ pub struct Enrolled {
     pub pod: String,
     /// Connections that were open before, and are kept outside the mesh.
     pub outside: usize,
-    /// Connections by IPv6 that were open before, and are cut: what is captured has no IPv6.
+    /// Connections by IPv6 that were open before, and are cut where IPv6 is not captured but dropped.
     pub cut: usize,
 }
 
@@ -166,13 +166,13 @@ impl Agent {
         let Ok(netns) = Netns::open(&pod.netns) else {
             return false;
         };
-        let Some(address) = pod.ipv4().next() else {
+        let Some(address) = pod.addresses.first().copied() else {
             return false;
         };
         if netns.id() == pod.netns_id
             || pod.state != PodState::Captured
             || netns.id() == self.host.id()
-            || !has_address(&netns, address.into()).await.unwrap_or(false)
+            || !has_address(&netns, address).await.unwrap_or(false)
         {
             return false;
         }

@@ -241,8 +241,8 @@ pub(super) async fn namespace_findings(pod: &Pod, netns: &std::io::Result<Netns>
         Err(error) => return vec![error.to_string()],
     };
     let mut findings = Vec::new();
-    for address in pod.ipv4() {
-        match has_address(netns, address.into()).await {
+    for address in pod.addresses.iter().copied() {
+        match has_address(netns, address).await {
             Ok(true) => {}
             Ok(false) => findings.push(format!(
                 "no interface of {} has the pod's address {address}",

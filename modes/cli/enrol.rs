@@ -76,7 +76,7 @@ pub(crate) fn run_enrol(args: EnrolArgs) -> Result<(), Failure> {
     ))?;
     if enrolled.cut > 0 {
         print(&format!(
-            "{} open connection(s) by IPv6 are cut: captured pods have none\n",
+            "{} open connection(s) by IPv6 are cut: it is not captured here, and dropped\n",
             enrolled.cut
         ))?;
     }

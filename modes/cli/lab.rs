@@ -4,7 +4,7 @@ mod relay;
 
 use clap::{Args, Subcommand};
 use lab::standing;
-use lab::topology::{LabSpec, Programs};
+use lab::topology::{Families, LabSpec, Programs};
 use lab::traffic::{self, TrafficCommand};
 
 use super::output::{Format, OutputArgs};
@@ -57,6 +57,9 @@ struct UpArgs {
     /// Run a control plane on the outside host, which proxies get the mesh and certificates from
     #[arg(long)]
     control_plane: bool,
+    /// Which addresses pods have
+    #[arg(long, value_enum, default_value_t = Families::V4)]
+    ip_families: Families,
     /// Captured pods on each node
     #[arg(long, default_value_t = 2)]
     pods_per_node: u8,
@@ -124,6 +127,7 @@ fn up(args: &UpArgs) -> Result<(), Failure> {
         overlay: variant.overlay,
         same_node: variant.same_node,
         cni: variant.cni,
+        families: args.ip_families,
         pods_per_node: args.pods_per_node,
         control_plane: args.control_plane,
         mends: !args.no_mend,

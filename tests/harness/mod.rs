@@ -14,7 +14,7 @@ pub mod state;
 pub mod wire;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::ops::Deref;
 use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use host_net::netns::Netns;
 use lab::standing::{self, Background, Daemon, Lab};
-use lab::topology::{APPLICATION_PORT, LabSpec, Mode, NodeFlow, OUTSIDE, Pod, Programs};
+use lab::topology::{APPLICATION_PORT, LabSpec, Mode, NodeFlow, OUTSIDE, Pod, Programs, ipv6};
 use lab::traffic::{Check, ClientOptions, Outcome};
 
 use guardian::Guardian;
@@ -221,6 +221,16 @@ impl Stage {
         } else {
             self.pod(target).ip
         }
+    }
+
+    /// The IPv6 address of a target in a lab that has them.
+    pub fn ip6(&self, target: &str) -> Ipv6Addr {
+        ipv6::twin(self.ip(target))
+    }
+
+    /// The application in a target, by IPv6.
+    pub fn at6(&self, target: &str) -> SocketAddr {
+        (self.ip6(target), APPLICATION_PORT).into()
     }
 
     /// The application in a target.

@@ -143,6 +143,7 @@ impl Sandbox {
             ip: self.ip,
             gateway: node.pod_gateway,
             cni: node.cni,
+            families: node.families,
         };
         ip_batch(&node.netns, &attachment.node_side());
         ip_batch(&netns, &attachment.pod_side());

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use super::process::{self, Process};
 use super::{Daemon, Lab, Progress, cgroup, congestion};
 use crate::topology::network::Attachment;
-use crate::topology::{Cni, Kind, Mode, Node, Pod};
+use crate::topology::{Cni, Kind, Mode, Node, Pod, ipv6};
 
 /// Bound of one call of `ip`. User-Mode Linux needs a second for some.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
@@ -60,6 +60,13 @@ impl Lab {
             let iptables = Iptables::choose(&netns, [Family::V4])?;
             let restored = iptables.restore(&netns, Family::V4, &topology.kube_rules(node));
             restored.with_context(|| format!("rules of {}", node.name))?;
+            if topology.families.have_v6() {
+                self.write_sysctl(&node.name, "net/ipv6/conf/all/forwarding", "1")?;
+                let ip6tables = Iptables::choose(&netns, [Family::V6])?;
+                let rules = ipv6::rules(&topology.kube_rules(node));
+                let restored = ip6tables.restore(&netns, Family::V6, &rules);
+                restored.with_context(|| format!("IPv6 rules of {}", node.name))?;
+            }
         }
         for (_, pod) in topology.pods() {
             self.start_pause(pod, progress)?;
@@ -195,6 +202,7 @@ pub(super) fn attachment<'a>(node: &Node, pod: &'a Pod) -> Attachment<'a> {
         ip: pod.ip,
         gateway: node.pod_gateway,
         cni: node.cni,
+        families: node.families,
     }
 }
 

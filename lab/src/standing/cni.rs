@@ -115,15 +115,28 @@ fn previous_result(node: &Node, pod: &Pod) -> Value {
         interfaces.insert(0, json!({"name": BRIDGE}));
         prefix = 24;
     }
+    let gateways = node.families.addresses(node.pod_gateway);
+    let addresses = node.families.addresses(pod.ip).into_iter().zip(gateways);
+    let (ips, routes): (Vec<_>, Vec<_>) = addresses
+        .map(|(address, gateway)| {
+            let (prefix, anywhere) = match (address.is_ipv4(), prefix) {
+                (true, prefix) => (prefix, "0.0.0.0/0"),
+                (false, 32) => (128, "::/0"),
+                (false, _) => (64, "::/0"),
+            };
+            let ip = json!({
+                "interface": interfaces.len() - 1,
+                "address": format!("{address}/{prefix}"),
+                "gateway": gateway,
+            });
+            (ip, json!({"dst": anywhere}))
+        })
+        .unzip();
     json!({
         "cniVersion": CNI_VERSION,
         "interfaces": interfaces,
-        "ips": [{
-            "interface": interfaces.len() - 1,
-            "address": format!("{}/{prefix}", pod.ip),
-            "gateway": node.pod_gateway,
-        }],
-        "routes": [{"dst": "0.0.0.0/0"}],
+        "ips": ips,
+        "routes": routes,
         "dns": {},
     })
 }

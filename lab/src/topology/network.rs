@@ -7,7 +7,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::{Cni, Node, OUTSIDE, Topology};
+use super::{Cni, Families, Node, OUTSIDE, Topology, ipv6};
 
 /// MTU of the links between nodes and to the outside: that of an ordinary Ethernet.
 const MTU: u16 = 1500;
@@ -27,6 +27,8 @@ pub struct Attachment<'a> {
     pub gateway: Ipv4Addr,
     /// How it is wired.
     pub cni: Cni,
+    /// Which addresses both ends have; `ip` and `gateway` have twins ([`ipv6::twin`]).
+    pub families: Families,
 }
 
 impl Node {
@@ -38,6 +40,11 @@ impl Node {
             ip: self.proxy_ip,
             gateway: self.pod_gateway,
             cni: self.cni,
+            // The overlay's outer packets are IPv4.
+            families: match self.families {
+                Families::V6 => Families::Dual,
+                other => other,
+            },
         };
         let pods = self.pods.iter().map(|pod| Attachment {
             veth: &pod.veth,
@@ -45,20 +52,42 @@ impl Node {
             ip: pod.ip,
             gateway: self.pod_gateway,
             cni: self.cni,
+            families: self.families,
         });
         std::iter::once(proxy).chain(pods).collect()
+    }
+}
+
+impl Families {
+    /// An input of `ip -batch` that is written for IPv4, for these families.
+    fn applied(self, v4: String) -> String {
+        match self {
+            Families::V4 => v4,
+            Families::Dual => format!("{v4}{}", ipv6::batch(&v4)),
+            Families::V6 => format!("{}{}", ipv6::only_links(&v4), ipv6::batch(&v4)),
+        }
     }
 }
 
 impl Attachment<'_> {
     /// For `ip -batch` in the node's namespace.
     pub fn node_side(&self) -> String {
+        self.families.applied(self.node_side_v4())
+    }
+
+    /// For `ip -batch` in the pod's or proxy's namespace, after [`Attachment::node_side`].
+    pub fn pod_side(&self) -> String {
+        self.families.applied(self.pod_side_v4())
+    }
+
+    fn node_side_v4(&self) -> String {
         let Self {
             veth,
             netns,
             ip,
             gateway,
             cni,
+            ..
         } = self;
         if *cni == Cni::Bridge {
             return format!(
@@ -76,8 +105,7 @@ impl Attachment<'_> {
         )
     }
 
-    /// For `ip -batch` in the pod's or proxy's namespace, after [`Attachment::node_side`].
-    pub fn pod_side(&self) -> String {
+    fn pod_side_v4(&self) -> String {
         let Self {
             ip, gateway, cni, ..
         } = self;
@@ -102,9 +130,13 @@ impl Attachment<'_> {
 impl Topology {
     /// All batches in the order in which they must run: (namespace, input of `ip -batch`).
     pub fn ip_batches(&self) -> Vec<(String, String)> {
-        let mut batches = vec![(self.outside_netns.clone(), self.outside_links())];
+        let both = |batch: String| match self.families {
+            Families::V4 => batch,
+            Families::Dual | Families::V6 => Families::Dual.applied(batch),
+        };
+        let mut batches = vec![(self.outside_netns.clone(), both(self.outside_links()))];
         for node in &self.nodes {
-            let mut batch = self.node_links(node);
+            let mut batch = both(self.node_links(node));
             for attachment in node.attachments() {
                 batch.push_str(&attachment.node_side());
             }

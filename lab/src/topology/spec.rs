@@ -28,6 +28,9 @@ pub struct LabSpec {
     pub same_node: SameNode,
     /// How pods are connected to their node.
     pub cni: Cni,
+    /// Which addresses pods have. Nodes and proxies have IPv4 in any case.
+    #[serde(default)]
+    pub families: Families,
     /// Pods per node that are captured; one more that never is comes on top. 2 to 240.
     pub pods_per_node: u8,
     /// Agent and proxy each in a mount and a pid namespace of their own, as on a cluster.
@@ -121,6 +124,7 @@ impl LabSpec {
             overlay: Overlay::Auto,
             same_node: SameNode::Hbone,
             cni: Cni::Routed,
+            families: Families::V4,
             pods_per_node: 2,
             isolate: true,
             control_plane: false,
@@ -274,6 +278,40 @@ words! {
         Routed = "routed",
         /// A port each of one bridge.
         Bridge = "bridge",
+    }
+    /// Which addresses pods have.
+    "IP families" Families {
+        /// IPv4.
+        V4 = "v4",
+        /// IPv4 and IPv6.
+        Dual = "dual",
+        /// IPv6.
+        V6 = "v6",
+    }
+}
+
+impl Default for Families {
+    fn default() -> Self {
+        Self::V4
+    }
+}
+
+impl Families {
+    /// Whether there are IPv6 addresses.
+    pub fn have_v6(self) -> bool {
+        self != Self::V4
+    }
+
+    /// Whether pods have IPv4 addresses.
+    pub fn have_v4(self) -> bool {
+        self != Self::V6
+    }
+
+    /// The addresses of whoever has this one in a lab of these families, IPv4 first.
+    pub fn addresses(self, ip: std::net::Ipv4Addr) -> Vec<std::net::IpAddr> {
+        let v4 = self.have_v4().then(|| ip.into());
+        let v6 = self.have_v6().then(|| super::ipv6::twin(ip).into());
+        v4.into_iter().chain(v6).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{APPLICATION_PORT, Pod, SERVICE_ENDPOINTS, SERVICE_PORT, SERVICE_VIP, Topology};
+use super::{APPLICATION_PORT, Node, Pod, SERVICE_ENDPOINTS, SERVICE_PORT, SERVICE_VIP, Topology};
 
 /// Name and namespace of the lab's service.
 const SERVICE: (&str, &str) = ("echo", "beta");
@@ -76,7 +76,7 @@ impl Topology {
         let service_key = format!("{namespace}/{hostname}");
         let workloads = self
             .pods()
-            .map(|(node, pod)| workload(&node.name, pod, &service_key))
+            .map(|(node, pod)| workload(node, pod, &service_key))
             .collect();
         LocalXds {
             workloads,
@@ -84,7 +84,12 @@ impl Topology {
                 name: name.to_owned(),
                 namespace: namespace.to_owned(),
                 hostname,
-                vips: vec![format!("/{SERVICE_VIP}")],
+                vips: self
+                    .families
+                    .addresses(SERVICE_VIP)
+                    .iter()
+                    .map(|ip| format!("/{ip}"))
+                    .collect(),
                 ports: ports(),
                 more: BTreeMap::new(),
             }],
@@ -114,21 +119,26 @@ fn ports() -> BTreeMap<u16, u16> {
     BTreeMap::from([(SERVICE_PORT, APPLICATION_PORT)])
 }
 
-fn workload(node: &str, pod: &Pod, service_key: &str) -> Workload {
+fn workload(node: &Node, pod: &Pod, service_key: &str) -> Workload {
     let serves = SERVICE_ENDPOINTS.contains(&pod.name.as_str());
     Workload {
         uid: format!("Kubernetes//Pod/{}/{}", pod.namespace, pod.name),
         name: pod.name.clone(),
         namespace: pod.namespace.clone(),
         service_account: pod.service_account.clone(),
-        workload_ips: vec![pod.ip.to_string()],
+        workload_ips: node
+            .families
+            .addresses(pod.ip)
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         protocol: if pod.capture.is_some() {
             "HBONE"
         } else {
             "TCP"
         }
         .to_owned(),
-        node: node.to_owned(),
+        node: node.name.clone(),
         cluster_id: "Kubernetes".to_owned(),
         authorization_policies: Vec::new(),
         services: serves

@@ -1,7 +1,7 @@
-//! The server: one listener, one task per connection, whatever the first line asks for.
+//! The server: one listener, or one of each family, one task per connection, whatever the first line asks for.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -50,11 +50,24 @@ pub async fn serve(
 ) -> Result<()> {
     let listener =
         listen(options.listen).with_context(|| format!("listen on {}", options.listen))?;
-    ready(listener.local_addr().context("address of the listener")?)?;
+    let at = listener.local_addr().context("address of the listener")?;
+    // Whoever listens on every address does so in both families, with clients' addresses as they are.
+    let twin = match at.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => listen((Ipv6Addr::UNSPECIFIED, at.port()).into()).ok(),
+        _ => None,
+    };
+    ready(at)?;
     let memory = Memory::default();
     let limit = Duration::from_millis(options.timeout_ms);
     loop {
-        let stream = match listener.accept().await {
+        let accepted = match &twin {
+            Some(twin) => tokio::select! {
+                accepted = listener.accept() => accepted,
+                accepted = twin.accept() => accepted,
+            },
+            None => listener.accept().await,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Out of descriptors, or a client that went away before it was accepted: the next may do.
@@ -78,7 +91,9 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
-        TcpSocket::new_v6()?
+        let socket = TcpSocket::new_v6()?;
+        SockRef::from(&socket).set_only_v6(true)?;
+        socket
     };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
