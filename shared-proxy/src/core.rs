@@ -11,6 +11,7 @@ mod enforce;
 mod half_open;
 mod pod_end;
 mod resolve;
+mod switching;
 mod workload;
 
 use std::collections::HashMap;
@@ -27,7 +28,9 @@ pub use config::{CoreConfig, Keepalive};
 pub use dial::DialError;
 pub(crate) use ending::Failure;
 pub(crate) use enforce::Admitted;
+pub use pod_end::PodEnding;
 pub use resolve::{Resolve, SystemResolver};
+pub use switching::Hold;
 
 use crate::capture::{Listener, Role, Scope, ScopeId};
 use crate::dns::DnsMetrics;
@@ -58,6 +61,7 @@ pub(crate) struct Shared {
     dns_metrics: DnsMetrics,
     admissions: enforce::Admissions,
     pod_tunnels: pod_end::PodTunnels,
+    pub(crate) captures: Arc<switching::Captures>,
     attachments: Mutex<HashMap<u64, Drainer>>,
     next_attachment: AtomicU64,
     ended: AtomicBool,
@@ -77,7 +81,7 @@ pub(crate) struct Attachment {
 #[must_use = "dropping it cuts the scope's connections"]
 pub struct Attached {
     shared: Arc<Shared>,
-    id: ScopeId,
+    scope: Arc<dyn Scope>,
     number: u64,
     drainer: Drainer,
     listeners: Vec<JoinHandle<()>>,
@@ -122,6 +126,7 @@ impl Core {
             dns_metrics,
             admissions: enforce::Admissions::default(),
             pod_tunnels: pod_end::PodTunnels::default(),
+            captures: Arc::default(),
             attachments: Mutex::default(),
             next_attachment: AtomicU64::new(1),
             ended: AtomicBool::new(false),
@@ -183,7 +188,7 @@ impl Core {
         }
         let attachment = Attachment {
             core: self.shared.clone(),
-            scope,
+            scope: scope.clone(),
             number,
         };
         let dns = dns_config.map(|config| {
@@ -208,7 +213,7 @@ impl Core {
         }
         Ok(Attached {
             shared: self.shared.clone(),
-            id,
+            scope,
             number,
             drainer,
             listeners,
@@ -269,7 +274,7 @@ impl Shared {
 impl Attached {
     /// Which scope.
     pub fn id(&self) -> &ScopeId {
-        &self.id
+        self.scope.id()
     }
 
     /// How many connections of this scope are open, listeners and tunnels included.
@@ -300,7 +305,10 @@ impl Drop for Attached {
     fn drop(&mut self) {
         self.drainer.cut();
         // A scope of one pod is called by its UID.
-        self.shared.pod_tunnels.forget(&self.id.instance);
+        let id = self.scope.id();
+        self.shared
+            .pod_tunnels
+            .forget(&id.instance, id.capture_mode);
         self.shared.release(self.number);
         self.shared.attachments().remove(&self.number);
     }
@@ -318,7 +326,7 @@ impl fmt::Debug for Core {
 impl fmt::Debug for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attached")
-            .field("id", &self.id)
+            .field("id", self.id())
             .field("open", &self.open())
             .finish_non_exhaustive()
     }

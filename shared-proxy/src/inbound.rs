@@ -71,6 +71,7 @@ pub(crate) async fn arrive(
     signal: &Signal,
 ) -> Result<Arrived, Failure> {
     let began = Instant::now();
+    let attachment = &attachment.clone().released(arrival.addr.ip()).await;
     let refused = |failure| refused(attachment, arrival, failure);
     let known = attachment.workload_of(pod, arrival.addr.ip()).await;
     let (snapshot, workload) = known.map_err(refused)?;

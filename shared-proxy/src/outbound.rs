@@ -111,10 +111,16 @@ async fn prepare(
     signal: &Signal,
 ) -> Option<(Accounts, Upstream)> {
     let telemetry = &attachment.core.telemetry;
-    let capture_mode = attachment.scope.id().capture_mode;
     let known = dst.as_ref().ok().copied();
     let began = Instant::now();
-    let (source, destination) = match decide(attachment, client, dst).await {
+    // Whose it is, the capture knows by which it came. Where it goes is decided by the one that its pod has.
+    let owned = dst.and_then(|dst| {
+        let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
+        Ok((owner, dst))
+    });
+    let attachment = &attachment.clone().released(client.0.ip()).await;
+    let capture_mode = attachment.scope.id().capture_mode;
+    let (source, destination) = match decide(attachment, client, owned).await {
         Ok(decision) => decision,
         Err(failure) => {
             let reason = failure.into();
@@ -143,10 +149,9 @@ async fn prepare(
 async fn decide(
     attachment: &Attachment,
     client: ClientAddr,
-    dst: Result<OrigDstAddr, crate::capture::Refusal>,
+    owned: Result<(LocalWorkload, OrigDstAddr), crate::capture::Refusal>,
 ) -> Result<(Source, Destination), Failure> {
-    let dst = dst?;
-    let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
+    let (owner, dst) = owned?;
     refuse_own_port(&owner, client, dst.0)?;
     let identity = attachment.identity_of(&owner)?;
     let (_, workload) = attachment.workload_of(&owner, client.0.ip()).await?;

@@ -67,28 +67,30 @@ impl Attachment {
             .took(step, capture_mode, direction, time);
     }
 
-    /// Connects to `to` with the address of `who`.
+    /// Connects to `to` with the address of `who`, by the capture that the pod has: a tunnel that came by another one
+    /// lives on when the pod's capture changes.
     pub(crate) async fn dial(
         &self,
         to: SocketAddr,
         who: OnBehalfOf,
     ) -> Result<TcpStream, DialError> {
         let config = &self.core.config;
+        let (pod, other, direction) = match who {
+            OnBehalfOf::LocalWorkload(pod) => (pod, to.ip(), Direction::Outbound),
+            OnBehalfOf::RemoteClient(client) => (to.ip(), client, Direction::Inbound),
+        };
+        let (_until_made, attachment) = self.dialling(pod, other).await;
         let began = Instant::now();
         let stream = timeout(
             config.connect_timeout,
-            connect(&*self.scope, to, who, config),
+            connect(&*attachment.scope, to, who, config),
         )
         .await
         .map_err(|_| DialError::TimedOut {
             to,
             after: config.connect_timeout,
         })??;
-        let direction = match who {
-            OnBehalfOf::LocalWorkload(_) => Direction::Outbound,
-            OnBehalfOf::RemoteClient(_) => Direction::Inbound,
-        };
-        self.took(Step::Connect, direction, began);
+        attachment.took(Step::Connect, direction, began);
         Ok(stream)
     }
 }

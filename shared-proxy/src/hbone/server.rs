@@ -183,7 +183,10 @@ async fn run(
     let config = session.attachment.core.config.hbone.clone();
     let pings = connection.ping_pong();
     let mut dead = pin!(watch(pings, &config));
-    let of_pod = session.attachment.core.tunnel_to(&session.pod);
+    let of_pod = session
+        .attachment
+        .core
+        .tunnel_to(&session.pod, session.attachment.scope.id().capture_mode);
     let mut going_away = false;
     loop {
         tokio::select! {

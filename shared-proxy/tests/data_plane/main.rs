@@ -17,3 +17,4 @@ mod retry;
 mod revoked;
 mod server_rows;
 mod sharing;
+mod switching;

@@ -337,6 +337,12 @@ impl LoopbackScope {
 }
 
 impl LoopbackScope {
+    /// Another way of capturing.
+    pub fn in_mode(mut self, capture_mode: &'static str) -> Self {
+        self.id.capture_mode = capture_mode;
+        self
+    }
+
     /// Its sockets are where the pods' loopback address is.
     pub fn reaching_loopback(mut self) -> Self {
         self.reaches_loopback = true;
