@@ -82,6 +82,18 @@ pub struct NodeConfiguration {
     pub node_addresses: Vec<IpAddr>,
 }
 
+/// What becomes of a held pod that has two captures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// It keeps the one that it had; the other one goes.
+    Stays,
+    /// It has the one that was added; connections that came by the other one may go on so long.
+    Changes {
+        /// Until they are cut.
+        drain: Duration,
+    },
+}
+
 /// Prints a UID the way the field's proxy logs it: `WorkloadUid("…")`.
 #[derive(Clone, Copy)]
 struct WorkloadUid<'a>(&'a str);

@@ -1,5 +1,7 @@
 //! What the agent's requests do in the proxy: scopes are attached to the core and detached from it.
 
+mod switching;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +10,7 @@ use std::time::Duration;
 use host_net::netns::Netns;
 use inpod_redirect::scope::InpodScope;
 use inpod_redirect::zds::client::WorkloadHandler;
-use inpod_redirect::zds::{Add, Mode, NodeConfiguration};
+use inpod_redirect::zds::{Add, Mode, NodeConfiguration, Release};
 use node_redirect::plan::Flow;
 use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
 use serde_json::Value;
@@ -19,6 +21,7 @@ use shared_proxy::identity::{Certificates, Identity};
 use shared_proxy::telemetry::{ConnectionInfo, Readiness, ReadinessTask, Telemetry};
 
 use super::{ProxyConfig, dump};
+use switching::Switch;
 
 /// Readiness task that is open until the agent's snapshot is served.
 const MANAGER: &str = "workload proxy manager";
@@ -32,6 +35,8 @@ struct Served {
     identity: Identity,
     /// Its own scope, if it has one; node-captured pods share theirs.
     scope: Option<Attached>,
+    /// While its capture changes.
+    switch: Option<Switch>,
 }
 
 /// The node-wide scope and the configuration that it was made with.
@@ -139,16 +144,7 @@ impl Workloads {
             .map_err(|_| format!("no certificate for {identity} within {CERTIFICATE_WITHIN:?}"))?
             .map_err(|error| error.to_string())?;
         let scope = match (mode, netns) {
-            (Mode::Inpod, Some(netns)) => {
-                let scope = InpodScope::new(netns, workload.clone(), &self.own_netns)
-                    .map_err(|error| error.to_string())?;
-                Some(
-                    self.core
-                        .attach(Arc::new(scope))
-                        .await
-                        .map_err(|error| error.to_string())?,
-                )
-            }
+            (Mode::Inpod, Some(netns)) => Some(self.attach(&workload, netns).await?),
             (Mode::Inpod, None) => {
                 return Err("in-pod capture needs the pod's network namespace".to_owned());
             }
@@ -167,10 +163,19 @@ impl Workloads {
                 workload,
                 identity: identity.clone(),
                 scope,
+                switch: None,
             },
         );
         self.telemetry.workload_manager().proxy_started();
         Ok(())
+    }
+
+    /// Serves a pod inside its namespace.
+    async fn attach(&self, workload: &LocalWorkload, netns: Netns) -> Result<Attached, String> {
+        let scope = InpodScope::new(netns, workload.clone(), &self.own_netns)
+            .map_err(|error| error.to_string())?;
+        let attached = self.core.attach(Arc::new(scope)).await;
+        attached.map_err(|error| error.to_string())
     }
 
     /// Stops renewing the certificate of an identity that no served pod has.
@@ -220,6 +225,18 @@ impl WorkloadHandler for Workloads {
                 }
             }
         }
+    }
+
+    async fn hold(&self, uid: &str, within: Duration) -> Result<(), String> {
+        self.begin_switch(uid, within).await
+    }
+
+    async fn prepare(&self, add: Add) -> Result<(), String> {
+        self.prepare_switch(add).await
+    }
+
+    async fn release(&self, uid: &str, release: Release) {
+        self.end_switch(uid, release).await;
     }
 
     async fn snapshot_sent(&self) {

@@ -91,6 +91,8 @@ pub struct NodeScopeConfig {
 #[derive(Debug, Default)]
 struct Announced {
     by_address: HashMap<IpAddr, LocalWorkload>,
+    /// UIDs of those that have another capture by now.
+    departed: HashSet<Arc<str>>,
 }
 
 /// The scope of all node-captured pods of one node.
@@ -133,6 +135,7 @@ impl NodeScope {
     /// an address that another pod held is the new one's (addresses are re-used faster than deletions arrive).
     pub fn announce(&self, workload: LocalWorkload) {
         let mut announced = self.announced_mut();
+        announced.departed.remove(&workload.uid);
         announced
             .by_address
             .retain(|_, other| other.uid != workload.uid);
@@ -141,9 +144,22 @@ impl NodeScope {
         }
     }
 
+    /// The pod has another capture from here on. What is on its way to this one is still its own; nobody in this process
+    /// or this namespace is led to it any more.
+    pub fn depart(&self, uid: &Arc<str>) {
+        self.announced_mut().departed.insert(Arc::clone(uid));
+    }
+
+    /// As [`NodeScope::withdraw`], unless the pod has come back.
+    pub fn withdraw_departed(&self, uid: &str) -> bool {
+        let departed = self.announced().departed.contains(uid);
+        departed && self.withdraw(uid)
+    }
+
     /// Refuses the pod's connections from here on. Returns whether it was announced.
     pub fn withdraw(&self, uid: &str) -> bool {
         let mut announced = self.announced_mut();
+        announced.departed.remove(uid);
         let before = announced.by_address.len();
         announced.by_address.retain(|_, pod| &*pod.uid != uid);
         announced.by_address.len() != before
@@ -178,6 +194,13 @@ impl NodeScope {
         self.announced().by_address.get(&address).cloned()
     }
 
+    /// The pod at an address, if the node's capture is the one that it has.
+    fn captured_at(&self, address: IpAddr) -> Option<LocalWorkload> {
+        let announced = self.announced();
+        let pod = announced.by_address.get(&address)?;
+        (!announced.departed.contains(&pod.uid)).then(|| pod.clone())
+    }
+
     /// Whether the proxy may speak with `source` towards `destination`.
     fn spoofs(&self, source: IpAddr, destination: IpAddr) -> bool {
         // With equal ends the packet would be dropped as one of the receiver's own.
@@ -189,7 +212,7 @@ impl NodeScope {
         self.same_node == SameNode::Hbone
             && to.port() == HBONE_PORT
             && matches!(who, OnBehalfOf::LocalWorkload(_))
-            && self.announced().by_address.contains_key(&to.ip())
+            && self.captured_at(to.ip()).is_some()
     }
 
     /// The mark that leads a listener's answers back into the tunnel through which the client came.
@@ -325,7 +348,7 @@ impl Scope for NodeScope {
     fn hand_over(&self, dst: IpAddr) -> Option<LocalWorkload> {
         match self.same_node {
             SameNode::Hbone => None,
-            SameNode::Direct => self.pod_at(dst),
+            SameNode::Direct => self.captured_at(dst),
         }
     }
 }

@@ -20,7 +20,7 @@ use super::messages::{
     ZdsHello, decode_addresses,
 };
 use super::transport::{Transport, TransportError};
-use super::{Add, NodeConfiguration, REQUEST_TIMEOUT};
+use super::{Add, NodeConfiguration, REQUEST_TIMEOUT, Release};
 use workloads::Workloads;
 
 /// First pause before connecting again; doubled up to [`RECONNECT_MAX`].
@@ -29,6 +29,9 @@ const RECONNECT_MIN: Duration = Duration::from_millis(10);
 const RECONNECT_MAX: Duration = Duration::from_secs(15);
 /// How often a workload that could not be started is tried again.
 const RETRY_PENDING: Duration = Duration::from_secs(5);
+
+/// Of a proxy that serves each pod by one capture for its whole life.
+const CANNOT_SWITCH: &str = "this proxy cannot change the capture of a pod";
 
 /// What the proxy does about workloads. Called by one task, one call at a time.
 pub trait WorkloadHandler: Send + Sync + 'static {
@@ -40,6 +43,25 @@ pub trait WorkloadHandler: Send + Sync + 'static {
     /// Stops taking connections for a pod and returns; its connections go on for up to `drain` in the background. (The
     /// agent waits for this call, five seconds at most.)
     fn del(&self, uid: &str, drain: Duration) -> impl Future<Output = ()> + Send;
+
+    /// Begins nothing for a pod that runs, until it is released or `within` is over; returns when nothing is being begun.
+    /// The default cannot.
+    fn hold(&self, uid: &str, within: Duration) -> impl Future<Output = Result<(), String>> + Send {
+        let _ = (uid, within);
+        async { Err(CANNOT_SWITCH.to_owned()) }
+    }
+
+    /// Serves a held pod by another capture, too: returns when that could take its connections.
+    fn prepare(&self, add: Add) -> impl Future<Output = Result<(), String>> + Send {
+        let _ = add;
+        async { Err(CANNOT_SWITCH.to_owned()) }
+    }
+
+    /// Ends a hold. A pod that nobody holds any more is settled all the same, if it has two captures.
+    fn release(&self, uid: &str, release: Release) -> impl Future<Output = ()> + Send {
+        let _ = (uid, release);
+        async {}
+    }
 
     /// The agent wants this pod kept if it runs; it is not started.
     fn keep(&self, uid: &str) -> impl Future<Output = ()> + Send {
@@ -255,7 +277,11 @@ impl<H: WorkloadHandler> Client<H> {
         }
         let is_extension = matches!(
             request,
-            Request::GetNetns(_) | Request::ConfigureNode(_) | Request::GetState(_)
+            Request::GetNetns(_)
+                | Request::ConfigureNode(_)
+                | Request::GetState(_)
+                | Request::Hold(_)
+                | Request::Release(_)
         ) || matches!(&request, Request::Add(add) if workloads::is_node(add));
         if is_extension && extension != Extension::Agreed {
             return violation("a request of the extension, which was not agreed on");
@@ -289,6 +315,19 @@ impl<H: WorkloadHandler> Client<H> {
                     node_addresses,
                 };
                 Ok(Answer::Ack(self.workloads.configure(configuration).await))
+            }
+            Request::Hold(hold) => {
+                let within = Duration::from_millis(hold.within_millis);
+                Ok(Answer::Ack(self.workloads.hold(&hold.uid, within).await))
+            }
+            Request::Release(release) => {
+                let how = match release.stays {
+                    true => Release::Stays,
+                    false => Release::Changes {
+                        drain: Duration::from_millis(release.drain_millis),
+                    },
+                };
+                Ok(Answer::Ack(self.workloads.release(&release.uid, how).await))
             }
             Request::GetState(_) => Ok(Answer::Response(Response::State(self.workloads.state()))),
         }

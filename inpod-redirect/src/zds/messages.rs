@@ -5,8 +5,9 @@
 
 use prost::{Enumeration, Message, Oneof};
 
-/// Version of the extension that this implementation speaks.
-pub const EXTENSION_VERSION: u32 = 1;
+/// Version of the extension that this implementation speaks. Version 1 has all but [`HoldWorkload`] and
+/// [`ReleaseWorkload`].
+pub const EXTENSION_VERSION: u32 = 2;
 
 /// Protocol version in a [`ZdsHello`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
@@ -125,6 +126,32 @@ pub struct ConfigureNode {
 #[derive(Clone, PartialEq, Message)]
 pub struct GetState {}
 
+/// Extension: hold this pod: none of its connections begins until it is released. A pod that is held may be added with
+/// another capture, which it has beside the one that it had until its release says which one stays.
+#[derive(Clone, PartialEq, Message)]
+pub struct HoldWorkload {
+    /// Pod UID.
+    #[prost(string, tag = "1")]
+    pub uid: String,
+    /// The pod is released by itself after so many milliseconds, whatever has become of the agent.
+    #[prost(uint64, tag = "2")]
+    pub within_millis: u64,
+}
+
+/// Extension: connections of this pod go on, by the capture that was added while it was held, if one was.
+#[derive(Clone, PartialEq, Message)]
+pub struct ReleaseWorkload {
+    /// Pod UID.
+    #[prost(string, tag = "1")]
+    pub uid: String,
+    /// The capture that was added is taken back, and the pod keeps the one that it had.
+    #[prost(bool, tag = "2")]
+    pub stays: bool,
+    /// How long connections may go on that came by the capture that goes, in milliseconds.
+    #[prost(uint64, tag = "3")]
+    pub drain_millis: u64,
+}
+
 /// Extension: the descriptor is attached to this packet.
 #[derive(Clone, PartialEq, Message)]
 pub struct NetnsReply {}
@@ -164,7 +191,7 @@ pub struct StateReply {
 #[derive(Clone, PartialEq, Message)]
 pub struct WorkloadRequest {
     /// What is asked. None when the message holds only fields that we do not know.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 5, 1000, 1001, 1002")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 5, 1000, 1001, 1002, 1003, 1004")]
     pub payload: Option<Request>,
 }
 
@@ -192,6 +219,12 @@ pub enum Request {
     /// Extension: what do you serve?
     #[prost(message, tag = "1002")]
     GetState(GetState),
+    /// Extension: begin nothing for a pod.
+    #[prost(message, tag = "1003")]
+    Hold(HoldWorkload),
+    /// Extension: go on.
+    #[prost(message, tag = "1004")]
+    Release(ReleaseWorkload),
 }
 
 /// Proxy to agent.

@@ -5,6 +5,7 @@
 //! reconnect heals it.
 
 mod link;
+mod switching;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -20,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio_seqpacket::UnixSeqpacketListener;
 use tracing::{info, warn};
 
-use super::{Add, Mode, NodeConfiguration, WorkloadState};
+use super::{Add, Mode, NodeConfiguration, Release, WorkloadState};
 
 /// At most five proxies are accepted in a second.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(200);
@@ -52,6 +53,14 @@ pub enum ZdsError {
         "pod {uid}: the connected proxy does not speak the extension that node capture needs; use ambidex's proxy or capture the pod in-pod"
     )]
     NoExtension {
+        /// Pod UID.
+        uid: Arc<str>,
+    },
+    /// The proxy cannot hold pods.
+    #[error(
+        "pod {uid}: the connected proxy cannot change a pod's capture; it is older than this agent: upgrade it first"
+    )]
+    NoHold {
         /// Pod UID.
         uid: Arc<str>,
     },
@@ -146,6 +155,8 @@ enum Registered {
 enum Command {
     Add(Arc<Add>, oneshot::Sender<Result<(), ZdsError>>),
     Del(Arc<str>, Duration, oneshot::Sender<Result<(), ZdsError>>),
+    Hold(Arc<str>, Duration, oneshot::Sender<Result<(), ZdsError>>),
+    Release(Arc<str>, Release, oneshot::Sender<Result<(), ZdsError>>),
     State(oneshot::Sender<Result<Vec<WorkloadState>, ZdsError>>),
 }
 
@@ -153,6 +164,8 @@ enum Command {
 struct Connection {
     id: ConnectionId,
     extension: bool,
+    /// Of the extension; 0 without it.
+    version: u32,
     // Unbounded: every sender waits for the answer to its request, so callers bound it.
     queue: mpsc::UnboundedSender<Command>,
 }

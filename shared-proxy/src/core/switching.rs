@@ -21,6 +21,8 @@ struct Entry {
     dials: usize,
     /// Its capture, if connections may still come by another one.
     capture: Option<Capture>,
+    /// How many captures that it had still have connections.
+    left: usize,
 }
 
 /// An attachment without the core that it is of, which keeps this.
@@ -203,6 +205,7 @@ impl Core {
     pub fn captured_by(&self, pod: &LocalWorkload, capture: &Attached) {
         let number = capture.number;
         self.shared.captures.change(&pod.addresses, |entry| {
+            entry.left += 1;
             entry.capture = Some(Capture {
                 scope: capture.scope.clone(),
                 number,
@@ -214,10 +217,14 @@ impl Core {
             .forget(|key| key.attachment != number && pod.addresses.contains(&key.source_address));
     }
 
-    /// Forgets what [`Core::captured_by`] said: connections by other captures are no more, or it goes itself.
+    /// To be called once for each call of [`Core::captured_by`], when nothing can come any more by the capture that the pod
+    /// had before it. After the last one, a connection is made by the capture that it came by.
     pub fn captured_as_accepted(&self, pod: &LocalWorkload) {
-        self.shared
-            .captures
-            .change(&pod.addresses, |entry| entry.capture = None);
+        self.shared.captures.change(&pod.addresses, |entry| {
+            entry.left = entry.left.saturating_sub(1);
+            if entry.left == 0 {
+                entry.capture = None;
+            }
+        });
     }
 }

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::WorkloadHandler;
 use crate::zds::messages::{AddWorkload, CaptureMode, StateReply, WorkloadState, decode_addresses};
 use crate::zds::transport::EXTENDED_PACKET;
-use crate::zds::{Add, Mode, NodeConfiguration, WorkloadUid};
+use crate::zds::{Add, Mode, NodeConfiguration, Release, WorkloadUid};
 
 /// Room left in a state packet for what surrounds the list.
 const STATE_OVERHEAD: usize = 64;
@@ -50,6 +50,8 @@ pub(super) struct Workloads<H> {
     handler: Arc<H>,
     default_drain: Duration,
     running: BTreeMap<Arc<str>, Running>,
+    /// Held pods, with the capture that each has beside its own.
+    held: BTreeMap<Arc<str>, Option<Running>>,
     /// Could not be started; tried again and again.
     pending: BTreeMap<Arc<str>, Pending>,
     /// Named in this connection's snapshot.
@@ -64,6 +66,7 @@ impl<H: WorkloadHandler> Workloads<H> {
             handler,
             default_drain,
             running: BTreeMap::new(),
+            held: BTreeMap::new(),
             pending: BTreeMap::new(),
             named: BTreeSet::new(),
             snapshot_received: false,
@@ -96,6 +99,17 @@ impl<H: WorkloadHandler> Workloads<H> {
         self.named.insert(Arc::clone(&uid));
         let add = checked(Arc::clone(&uid), add, fd)?;
         let wanted = Running::from(&add);
+        if self.held.contains_key(&uid) && !self.snapshot_received {
+            self.settle(&uid, &wanted).await;
+        }
+        if let Some(beside) = self.held.get(&uid) {
+            return match beside {
+                _ if self.running.get(&uid) == Some(&wanted) => Ok(()),
+                Some(beside) if *beside == wanted => Ok(()),
+                Some(_) => Err("the pod has two captures already".to_owned()),
+                None => self.prepare(add).await,
+            };
+        }
         if self.running.get(&uid) == Some(&wanted) {
             return Ok(());
         }
@@ -104,6 +118,59 @@ impl<H: WorkloadHandler> Workloads<H> {
             self.handler.del(&uid, self.default_drain).await;
         }
         self.start(add).await
+    }
+
+    /// An agent was lost while it held a pod; its successor says how the pod is captured.
+    async fn settle(&mut self, uid: &Arc<str>, wanted: &Running) {
+        let how = match self.held.get(uid) {
+            Some(Some(beside)) if beside == wanted => Release::Changes {
+                drain: self.default_drain,
+            },
+            _ => Release::Stays,
+        };
+        // It is held, and what it changes to is there: there is nothing to go wrong.
+        let _ = self.release(uid, how).await;
+    }
+
+    pub(super) async fn hold(&mut self, uid: &str, within: Duration) -> Result<(), String> {
+        if !self.running.contains_key(uid) {
+            return Err("not served, so nothing of it can be held".to_owned());
+        }
+        self.handler.hold(uid, within).await?;
+        self.held.entry(Arc::from(uid)).or_default();
+        Ok(())
+    }
+
+    async fn prepare(&mut self, add: Add) -> Result<(), String> {
+        let (uid, beside) = (Arc::clone(&add.uid), Running::from(&add));
+        let mode = add.mode;
+        self.handler.prepare(add).await?;
+        info!("pod {:?} can be captured by {mode}, too", WorkloadUid(&uid));
+        self.held.insert(uid, Some(beside));
+        Ok(())
+    }
+
+    pub(super) async fn release(&mut self, uid: &str, release: Release) -> Result<(), String> {
+        let Some((uid, beside)) = self.held.remove_entry(uid) else {
+            return Err("it is not held".to_owned());
+        };
+        match (release, beside) {
+            (Release::Changes { .. }, None) => {
+                self.handler.release(&uid, Release::Stays).await;
+                return Err("it has no other capture to change to".to_owned());
+            }
+            (Release::Changes { drain }, Some(beside)) => {
+                info!(
+                    "pod {:?} is captured by {} from here on, draining what came before",
+                    WorkloadUid(&uid),
+                    beside.mode
+                );
+                self.handler.release(&uid, Release::Changes { drain }).await;
+                self.running.insert(uid, beside);
+            }
+            (Release::Stays, _) => self.handler.release(&uid, Release::Stays).await,
+        }
+        Ok(())
     }
 
     async fn start(&mut self, add: Add) -> Result<(), String> {
@@ -171,6 +238,7 @@ impl<H: WorkloadHandler> Workloads<H> {
     }
 
     async fn stop(&mut self, uid: &str, drain: Duration) {
+        self.held.remove(uid);
         if self.running.remove(uid).is_some() {
             info!("pod delete request, draining proxy");
             self.handler.del(uid, drain).await;

@@ -15,11 +15,12 @@ use super::{
     ZdsError,
 };
 use crate::zds::messages::{
-    AddWorkload, CaptureMode, ConfigureNode, DelWorkload, GetNetns, GetState, KeepWorkload,
-    Request, Response, SnapshotSent, WorkloadRequest, WorkloadResponse, ZdsHello, encode_addresses,
+    AddWorkload, CaptureMode, ConfigureNode, DelWorkload, GetNetns, GetState, HoldWorkload,
+    KeepWorkload, ReleaseWorkload, Request, Response, SnapshotSent, WorkloadRequest,
+    WorkloadResponse, ZdsHello, encode_addresses,
 };
 use crate::zds::transport::{Transport, TransportError};
-use crate::zds::{Add, Mode, NodeConfiguration, REQUEST_TIMEOUT};
+use crate::zds::{Add, Mode, NodeConfiguration, REQUEST_TIMEOUT, Release};
 
 /// The hook programs the kernel; it is not given for ever because pods wait for it.
 const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -53,9 +54,10 @@ pub(super) async fn serve<H: ProxyHook>(
         id,
         transport: Transport::new(socket),
         extension: false,
+        version: 0,
     };
     match link.hello().await {
-        Ok(extension) => link.extension = extension,
+        Ok(version) => (link.extension, link.version) = (version > 0, version),
         Err(error) => {
             warn!(connection = id, %error, "proxy did not say hello");
             return;
@@ -65,6 +67,7 @@ pub(super) async fn serve<H: ProxyHook>(
     shared.state().connections.push(Connection {
         id,
         extension: link.extension,
+        version: link.version,
         queue,
     });
     // Also when the task is aborted.
@@ -102,12 +105,14 @@ struct Link {
     id: ConnectionId,
     transport: Transport,
     extension: bool,
+    /// Of the extension; 0 without it.
+    version: u32,
 }
 
 enum Never {}
 
 impl Link {
-    async fn hello(&mut self) -> Result<bool, LinkError> {
+    async fn hello(&mut self) -> Result<u32, LinkError> {
         let packet = timeout(REQUEST_TIMEOUT, self.transport.receive())
             .await
             .map_err(|_| LinkError::Timeout("hello"))??;
@@ -115,7 +120,7 @@ impl Link {
             return Err(LinkError::Unexpected("a hello with file descriptors"));
         }
         let hello: ZdsHello = packet.parse()?;
-        Ok(hello.extension_version > 0)
+        Ok(hello.extension_version)
     }
 
     async fn run<H: ProxyHook>(
@@ -236,9 +241,30 @@ impl Link {
             Command::Del(uid, drain, reply) => {
                 let request = Request::Del(DelWorkload {
                     uid: uid.to_string(),
-                    drain_millis: self
-                        .extension
-                        .then(|| u64::try_from(drain.as_millis()).unwrap_or(u64::MAX)),
+                    drain_millis: self.extension.then(|| millis(drain)),
+                });
+                let answer = self.acknowledged(request, None).await;
+                let _ = reply.send(told(&uid, &answer));
+                answer.map(|_| ())
+            }
+            Command::Hold(uid, within, reply) => {
+                let request = Request::Hold(HoldWorkload {
+                    uid: uid.to_string(),
+                    within_millis: millis(within),
+                });
+                let answer = self.acknowledged(request, None).await;
+                let _ = reply.send(told(&uid, &answer));
+                answer.map(|_| ())
+            }
+            Command::Release(uid, release, reply) => {
+                let (stays, drain) = match release {
+                    Release::Stays => (true, Duration::ZERO),
+                    Release::Changes { drain } => (false, drain),
+                };
+                let request = Request::Release(ReleaseWorkload {
+                    uid: uid.to_string(),
+                    stays,
+                    drain_millis: millis(drain),
                 });
                 let answer = self.acknowledged(request, None).await;
                 let _ = reply.send(told(&uid, &answer));
@@ -316,6 +342,10 @@ impl Link {
             .await
             .map_err(|_| LinkError::Timeout("answer"))?
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn told(uid: &Arc<str>, answer: &Result<Result<(), String>, LinkError>) -> Result<(), ZdsError> {
