@@ -30,6 +30,7 @@ pub mod running;
 mod settling;
 mod strangers;
 mod subject;
+pub mod switching;
 pub mod timings;
 pub mod verify;
 

@@ -135,6 +135,7 @@ pub(super) async fn admit(
         live: false,
         settled: false,
         drains_until: None,
+        leaving: None,
     };
     refuse_second_attachment(agent, &pod)?;
     refuse_wrong_place(agent, &pod, &netns).await?;

@@ -13,6 +13,7 @@
 //! | `GET /v1/connections` | how many connections of each pod go through the proxy, and how many do not |
 //! | `POST /v1/enrol` with a pod | captures a running pod |
 //! | `POST /v1/unenrol?pod=P` | stops capturing it, and lets its connections end by themselves |
+//! | `POST /v1/capture?pod=P&to=C` | captures it by the other capture, and lets its connections go on |
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use host_net::plan::Plan;
 use http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, NotFound, Pod, running};
+use super::{Agent, NotFound, Pod, running, switching};
 use crate::unix_http::{Answer, Caller};
 
 /// One plan and where it is applied.
@@ -128,6 +129,7 @@ pub async fn answer(
         (Method::GET, "/v1/connections") => Answer::json(&agent.connections_of_all(|_| true)),
         (Method::POST, "/v1/enrol") => running::enrol(&agent, &body, &caller).await,
         (Method::POST, "/v1/unenrol") => running::unenrol(&agent, query).await,
+        (Method::POST, "/v1/capture") => switching::switch(&agent, query).await,
         (Method::GET, "/v1/effects") => Answer::json(&agent.effects.all()),
         (Method::GET, "/v1/verify") if query.is_empty() => {
             about(&agent, None, &Method::GET, path).await

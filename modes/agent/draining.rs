@@ -26,7 +26,7 @@ use crate::options::Capture;
 /// Time between two looks at what is left of the connections of pods that drain.
 const LOOKS_EVERY: Duration = Duration::from_secs(1);
 /// The proxy resets what is left at the deadline; the resets find their way for as long.
-const RESETS_WITHIN: Duration = Duration::from_secs(1);
+pub(super) const RESETS_WITHIN: Duration = Duration::from_secs(1);
 
 /// Open TCP connections of a pod, by the way that they go.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +67,7 @@ pub(super) struct Awaited {
 
 impl Awaited {
     /// How many are left of those that were there at the first look: what begins later is another pod's.
-    fn left(&self, uid: &str, present: BTreeSet<Connection>) -> usize {
+    pub(super) fn left(&self, uid: &str, present: BTreeSet<Connection>) -> usize {
         let mut awaited = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         match awaited.get_mut(uid) {
             Some(left) => {
@@ -82,7 +82,7 @@ impl Awaited {
         }
     }
 
-    fn forget(&self, uid: &str) {
+    pub(super) fn forget(&self, uid: &str) {
         let mut awaited = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         awaited.remove(uid);
         self.untold().remove(uid);
@@ -218,6 +218,7 @@ impl Agent {
                     );
                 }
             }
+            self.end_left_captures().await;
         }
     }
 
@@ -311,7 +312,20 @@ impl Agent {
 
     /// The proxy's sockets that speak with the pod, or for it.
     fn proxy_ends(&self, pod: &Pod) -> anyhow::Result<Vec<Connection>> {
-        let mut ends = match pod.mode {
+        let mut ends = Vec::new();
+        for capture in pod.captures() {
+            ends.extend(self.proxy_ends_by(pod, capture)?);
+        }
+        Ok(ends)
+    }
+
+    /// As [`Agent::proxy_ends`], of one capture.
+    pub(super) fn proxy_ends_by(
+        &self,
+        pod: &Pod,
+        capture: Capture,
+    ) -> anyhow::Result<Vec<Connection>> {
+        let mut ends = match capture {
             Capture::Inpod => connections(&pod.open_netns()?)?,
             Capture::Node => {
                 let setup = self
@@ -321,7 +335,7 @@ impl Agent {
             }
         };
         let of_pod = |at: SocketAddr| pod.addresses.contains(&at.ip());
-        ends.retain(|end| match pod.mode {
+        ends.retain(|end| match capture {
             Capture::Inpod => is_proxys(end),
             Capture::Node => of_pod(end.local) || of_pod(end.peer),
         });
@@ -399,7 +413,7 @@ fn sort(
     sorted
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())

@@ -30,7 +30,46 @@ impl Agent {
             PodState::Draining => Phase::Draining,
             PodState::Pending | PodState::Captured | PodState::Leaving => Phase::Active,
         };
-        match pod.mode {
+        let leaving = pod.leaving.map(|it| (it.capture, Phase::Draining));
+        let phases: Vec<_> = [(pod.mode, phase)].into_iter().chain(leaving).collect();
+        self.plans_in(pod, &phases).await
+    }
+
+    /// The plans of a pod that has several captures, each in its phase. What two of them have in one place under one name
+    /// is one plan.
+    pub(super) async fn plans_in(
+        &self,
+        pod: &Pod,
+        phases: &[(Capture, Phase)],
+    ) -> anyhow::Result<Vec<(Place, Plan)>> {
+        let mut all: Vec<(Place, Plan)> = Vec::new();
+        for (capture, phase) in phases {
+            for (place, plan) in self.plans_by(pod, *capture, *phase).await? {
+                match all.iter_mut().find(|(_, other)| other.name == plan.name) {
+                    Some((_, other)) => {
+                        let more = plan.steps.into_iter();
+                        let more = more.filter(|step| !other.steps.contains(step));
+                        let more: Vec<_> = more.collect();
+                        other.steps.extend(more);
+                    }
+                    None => all.push((place, plan)),
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    async fn plans_by(
+        &self,
+        pod: &Pod,
+        capture: Capture,
+        phase: Phase,
+    ) -> anyhow::Result<Vec<(Place, Plan)>> {
+        let address = pod
+            .ipv4()
+            .next()
+            .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
+        match capture {
             Capture::Node => {
                 let setup = self
                     .node_setup()

@@ -84,9 +84,28 @@ pub struct Pod {
     /// While it drains: when that ends, in seconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drains_until: Option<u64>,
+    /// The capture that it had before, while that still carries connections; and while it changes, the one that it may have
+    /// got some by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<Leaving>,
+}
+
+/// A capture that takes nothing new of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    /// Which.
+    pub capture: Capture,
+    /// When its last connections are cut, in seconds since 1970.
+    pub until: u64,
 }
 
 impl Pod {
+    /// Every capture that has objects of this pod.
+    pub fn captures(&self) -> impl Iterator<Item = Capture> + '_ {
+        let leaving = self.leaving.iter().map(|leaving| leaving.capture);
+        std::iter::once(self.mode).chain(leaving)
+    }
+
     /// `namespace/name`.
     pub fn qualified_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)

@@ -168,6 +168,7 @@ mod tests {
             live: false,
             settled: false,
             drains_until: None,
+            leaving: None,
         };
         let mut namespaces = Namespaces::default();
         assert_eq!(namespaces.of(&pod).unwrap().id(), netns.id());

@@ -1,0 +1,274 @@
+//! A running pod changes its capture, and its connections do not notice.
+//!
+//! The proxy holds the pod: what is open goes on, what begins waits. Meanwhile the kernel gets the objects of the capture
+//! to be, loses what the other one redirects with, and the proxy dials for the pod by the new capture when it lets go. What
+//! came by the capture that the pod had keeps what carries it until its last connection has ended.
+//!
+//! The pod's entry says what an agent that starts in the middle has to make of it: until the kernel has all, the pod's
+//! capture is the one that it had, and the other one is leaving; afterwards it is the other way round.
+
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, ensure};
+use host_net::plan::{Phase, Plan};
+use http::StatusCode;
+use inpod_redirect::zds::Release;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout};
+
+use super::draining::{RESETS_WITHIN, now};
+use super::enrol::CONFIRM_WITHIN;
+use super::plans::announcement;
+use super::pods::Leaving;
+use super::{Agent, NotFound, Pod, PodState};
+use crate::options::{Capture, NodeFlow};
+use crate::unix_http::Answer;
+
+/// How long the proxy may hold a pod: less than a client waits that sends its first packet again, so an agent that is lost
+/// costs nobody his connection.
+const HELD_WITHIN: Duration = Duration::from_secs(2);
+
+/// What is said of a pod whose capture has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switched {
+    /// `namespace/name`.
+    pub pod: String,
+    /// The capture that it had.
+    pub from: Capture,
+    /// The capture that it has.
+    pub to: Capture,
+    /// Connections that go on by the capture that it had.
+    pub through: usize,
+    /// For so many seconds at most.
+    pub seconds: u64,
+    /// How long connections waited that began meanwhile, in microseconds.
+    pub held_us: u64,
+}
+
+/// Answers `POST /v1/capture?pod=P&to=node|inpod` and `&drain=SECONDS`.
+pub(super) async fn switch(agent: &Agent, query: &str) -> Answer {
+    let mut wanted = (None, None);
+    let mut within = agent.config.drain;
+    for part in query.split('&') {
+        match part.split_once('=') {
+            Some(("pod", pod)) => wanted.0 = Some(pod),
+            Some(("to", to)) => wanted.1 = to.parse::<Capture>().ok(),
+            Some(("drain", seconds)) => match seconds.parse::<u32>() {
+                Ok(seconds) => within = Duration::from_secs(seconds.into()),
+                Err(_) => wanted = (None, None),
+            },
+            _ => wanted = (None, None),
+        }
+    }
+    let (Some(pod), Some(to)) = wanted else {
+        return Answer::text(
+            StatusCode::BAD_REQUEST,
+            "say ?pod=NAMESPACE/NAME&to=node or &to=inpod, and &drain=SECONDS for another time than the agent's own\n",
+        );
+    };
+    let pod = match agent.pods.find(pod) {
+        Ok(pod) => pod,
+        Err(error @ NotFound::Unknown(_)) => {
+            return Answer::text(StatusCode::NOT_FOUND, format!("{error}\n"));
+        }
+        Err(error) => return Answer::text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    };
+    match agent.switch_capture(&pod.uid, to, within).await {
+        Ok(switched) => Answer::json(&switched),
+        Err(error) => Answer::text(
+            StatusCode::CONFLICT,
+            format!("pod {}: {error:#}\n", pod.qualified_name()),
+        ),
+    }
+}
+
+impl Agent {
+    /// Gives a running pod another capture. What came by the one that it has goes on for up to `within`.
+    ///
+    /// # Errors
+    /// The pod has the capture that it had: nothing was changed, or everything was taken back.
+    pub(super) async fn switch_capture(
+        &self,
+        uid: &str,
+        to: Capture,
+        within: Duration,
+    ) -> anyhow::Result<Switched> {
+        let _alone = self.busy.lock(uid).await;
+        let pod = self
+            .pods
+            .get(uid)
+            .filter(|pod| pod.state == PodState::Captured)
+            .ok_or_else(|| anyhow!("the pod is not captured"))?;
+        ensure!(pod.mode != to, "it is captured by {to} already");
+        self.refuse_switch(&pod)?;
+        let until = now().saturating_add(within.as_secs());
+        let leaving = |capture| Some(Leaving { capture, until });
+        // It is running, whatever it was when it was enrolled.
+        let before = Pod {
+            live: true,
+            leaving: leaving(to),
+            ..pod.clone()
+        };
+        let after = Pod {
+            mode: to,
+            leaving: leaving(pod.mode),
+            ..before.clone()
+        };
+        self.pods.put(before.clone())?;
+        let begun = Instant::now();
+        if let Err(error) = self.change(&before, &after, within).await {
+            self.stay(&before).await;
+            return Err(error);
+        }
+        let held = begun.elapsed();
+        let key = awaited(&after, pod.mode);
+        self.awaited.forget(&key);
+        let ends = self.proxy_ends_by(&after, pod.mode)?;
+        let through = self.connections_of(&after).map_or(0, |all| all.through);
+        self.awaited.left(&key, ends.into_iter().collect());
+        let name = pod.qualified_name();
+        tracing::info!(pod = name, from = %pod.mode, to = %to, through, held = ?held, "pod has another capture");
+        Ok(Switched {
+            pod: name,
+            from: pod.mode,
+            to,
+            through,
+            seconds: within.as_secs(),
+            held_us: u64::try_from(held.as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Why no pod of this node can change its capture.
+    fn refuse_switch(&self, pod: &Pod) -> anyhow::Result<()> {
+        ensure!(
+            self.config.mode.uses_node() && self.config.mode.uses_inpod(),
+            "this node has {} capture alone: start its agent with --mode mixed",
+            self.config.mode
+        );
+        ensure!(
+            self.config.variant.node_flow == NodeFlow::Hybrid,
+            "with --node-flow {} a pod's open connections would not survive: start the agent with --node-flow hybrid",
+            self.config.variant.node_flow
+        );
+        ensure!(
+            self.closings.finding(&pod.uid).is_none(),
+            "its traffic is stopped because its capture cannot be put back: mend that first (`ambidex verify`)"
+        );
+        Ok(())
+    }
+
+    async fn change(&self, before: &Pod, after: &Pod, within: Duration) -> anyhow::Result<()> {
+        let (from, to) = (before.mode, after.mode);
+        self.zds.hold(&before.uid, HELD_WITHIN).await?;
+        self.zds
+            .prepare(announcement(after)?)
+            .await
+            .context("the proxy cannot serve it by the other capture")?;
+        let both = [(from, Phase::Active), (to, Phase::Active)];
+        // On the node first: what leads the proxy's own connections past the node's capture is there before they are made.
+        for (place, plan) in self.plans_in(after, &both).await? {
+            self.converge(&place, &plan).await?;
+        }
+        let one = [(from, Phase::Draining), (to, Phase::Active)];
+        let plans = self.plans_in(after, &one).await?;
+        let (in_pod, elsewhere): (Vec<_>, Vec<_>) =
+            plans.into_iter().partition(|(_, plan)| is_in_pod(plan));
+        for (place, plan) in in_pod.into_iter().chain(elsewhere) {
+            self.converge(&place, &plan).await?;
+        }
+        self.pods.put(after.clone())?;
+        let release = Release::Changes { drain: within };
+        let released = self.zds.release(announcement(after)?, release);
+        // Whatever it answers: the kernel has the pod captured by the other one, and every proxy hears of that.
+        match timeout(CONFIRM_WITHIN, released).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(pod = after.qualified_name(), %error, "the proxy did not confirm a change of capture");
+            }
+            Err(_) => tracing::warn!(
+                pod = after.qualified_name(),
+                "the proxy did not confirm a change of capture within {CONFIRM_WITHIN:?}"
+            ),
+        }
+        Ok(())
+    }
+
+    /// Takes back what was done of a change.
+    async fn stay(&self, before: &Pod) {
+        let name = before.qualified_name();
+        if let Err(error) = self.make_redirect(before).await {
+            tracing::error!(
+                pod = name,
+                error = format!("{error:#}"),
+                "a pod's capture was not put back; it is looked after"
+            );
+        }
+        let kept = announcement(before).map(|add| self.zds.release(add, Release::Stays));
+        if let Ok(kept) = kept
+            && let Err(error) = kept.await
+        {
+            tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod keeps its capture");
+        }
+    }
+
+    /// Takes away what is left of captures that pods had, once nothing goes by them any more.
+    pub(super) async fn end_left_captures(&self) {
+        let left = |pod: &Pod| pod.state == PodState::Captured && pod.leaving.is_some();
+        for pod in self.pods.all().into_iter().filter(left) {
+            if let Err(error) = self.end_left_capture(&pod).await {
+                tracing::error!(
+                    pod = pod.qualified_name(),
+                    error = format!("{error:#}"),
+                    "a capture that a pod had left something behind"
+                );
+            }
+        }
+    }
+
+    async fn end_left_capture(&self, pod: &Pod) -> anyhow::Result<()> {
+        let Some(leaving) = pod.leaving else {
+            return Ok(());
+        };
+        let key = awaited(pod, leaving.capture);
+        // Where the kernel cannot be asked, the time decides.
+        let left = self
+            .proxy_ends_by(pod, leaving.capture)
+            .ok()
+            .map(|ends| self.awaited.left(&key, ends.into_iter().collect()));
+        let over = now() >= leaving.until.saturating_add(RESETS_WITHIN.as_secs());
+        if left != Some(0) && !over {
+            return Ok(());
+        }
+        let _alone = self.busy.lock(&pod.uid).await;
+        // Whoever changed it anew meanwhile has changed its entry.
+        if self.pods.get(&pod.uid).as_ref() != Some(pod) {
+            return Ok(());
+        }
+        let phases = [(pod.mode, Phase::Active), (leaving.capture, Phase::Absent)];
+        for (place, plan) in self.plans_in(pod, &phases).await? {
+            self.converge(&place, &plan).await?;
+        }
+        self.pods.put(Pod {
+            leaving: None,
+            ..pod.clone()
+        })?;
+        self.awaited.forget(&key);
+        tracing::info!(
+            pod = pod.qualified_name(),
+            capture = %leaving.capture,
+            cut = left.unwrap_or_default(),
+            "nothing of the capture that a pod had is left"
+        );
+        Ok(())
+    }
+}
+
+/// Under which name the connections of a capture that a pod had are waited for.
+fn awaited(pod: &Pod, capture: Capture) -> String {
+    format!("{} {capture}", pod.uid)
+}
+
+/// Whether a plan is about the pod's own namespace.
+fn is_in_pod(plan: &Plan) -> bool {
+    plan.name.starts_with("pod-")
+}
