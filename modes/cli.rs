@@ -15,6 +15,7 @@ mod explain;
 mod get;
 mod lab;
 mod man;
+mod mode;
 mod output;
 mod plan;
 mod sources;
@@ -69,6 +70,8 @@ enum Command {
     Enrol(enrol::EnrolArgs),
     /// Stop capturing a running pod; its connections through the proxy go on for a time
     Unenrol(enrol::UnenrolArgs),
+    /// Change by which capture a running pod is captured
+    Mode(mode::ModeArgs),
     /// Remove exactly what was made for a pod, or for the whole node
     Undo(plan::UndoArgs),
     /// Write one archive with the state of this node for whoever looks at it from afar, without secrets
@@ -133,6 +136,7 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => explain::run(args),
         Command::Enrol(args) => enrol::run_enrol(args),
         Command::Unenrol(args) => enrol::run_unenrol(args),
+        Command::Mode(args) => mode::run(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
         Command::Completions(args) => completions::run(args),

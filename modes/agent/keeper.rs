@@ -142,7 +142,8 @@ impl Agent {
         let mut places = vec![self.host.clone()];
         places.extend(self.node_setup().map(|setup| setup.proxy));
         let inpod = pods.iter().zip(&namespaces);
-        let inpod = inpod.filter(|(pod, _)| pod.captures().any(|capture| capture == Capture::Inpod));
+        let inpod =
+            inpod.filter(|(pod, _)| pod.captures().any(|capture| capture == Capture::Inpod));
         places.extend(inpod.filter_map(|(_, netns)| netns.as_ref().ok().cloned()));
         let wanted: BTreeSet<NetnsId> = places.iter().map(Netns::id).collect();
         memory.places.retain(|id, _| wanted.contains(id));
