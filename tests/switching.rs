@@ -93,7 +93,9 @@ fn captured_by(scene: &Scene) -> Vec<String> {
     let mut modes = Vec::new();
     eventually("both are in the log", PATIENCE, || {
         let lines = scene.access_lines(since);
-        let modes_of = lines.iter().filter_map(|line| line["capture_mode"].as_str());
+        let modes_of = lines
+            .iter()
+            .filter_map(|line| line["capture_mode"].as_str());
         modes = modes_of.map(str::to_owned).collect();
         modes.len() >= 2
     });
@@ -131,7 +133,7 @@ fn a_pod_changes_its_capture_under_load() {
             );
             assert_alive(&format!("captured by {to}"), &talks);
             assert_eq!(subject(&scene)["mode"], to);
-            assert_eq!(subject(&scene)["leaving"]["capture"] != to, true);
+            assert_ne!(subject(&scene)["leaving"]["capture"], to);
             talks.extend(open_both_ways(&scene));
         }
         std::thread::sleep(Duration::from_millis(700));
@@ -144,7 +146,16 @@ fn a_pod_changes_its_capture_under_load() {
     eventually("nothing is left of the other capture", PATIENCE, || {
         subject(&scene)["leaving"].is_null()
     });
-    assert_same("captured by node", &at_first, &dumps(lab, &places));
+    // One thing differs: the pod was running when the node captured it.
+    let live = format!("ipset mesh-live-pods member {}", scene.ip(SUBJECT));
+    let mut at_last = dumps(lab, &places);
+    for (_, dump) in &mut at_last {
+        *dump = dump
+            .lines()
+            .filter(|line| *line != live)
+            .fold(String::new(), |text, line| text + line + "\n");
+    }
+    assert_same("captured by node", &at_first, &at_last);
 }
 
 /// Raises a flag when it is dropped, also by a panic.

@@ -314,6 +314,7 @@ mod tests {
             live: false,
             settled: false,
             drains_until: None,
+            leaving: None,
         }
     }
 

@@ -22,7 +22,7 @@ use tokio_seqpacket::ancillary::AncillaryMessageWriter;
 use super::client::WorkloadHandler;
 use super::messages::*;
 use super::transport::{Packet, Transport, TransportError};
-use super::{Add, Mode, NodeConfiguration};
+use super::{Add, Mode, NodeConfiguration, Release};
 
 /// Longer than any wait of the protocol.
 const PATIENCE: Duration = Duration::from_secs(12);
@@ -126,6 +126,23 @@ impl WorkloadHandler for Recorder {
 
     async fn keep(&self, uid: &str) {
         self.record(format!("keep {uid}"));
+    }
+
+    async fn hold(&self, uid: &str, within: Duration) -> Result<(), String> {
+        self.record(format!("hold {uid} {within:?}"));
+        Ok(())
+    }
+
+    async fn prepare(&self, add: Add) -> Result<(), String> {
+        self.record(format!("prepare {} {}", add.uid, add.mode));
+        match self.failing.lock().unwrap().contains(&*add.uid) {
+            true => Err("no listeners".to_owned()),
+            false => Ok(()),
+        }
+    }
+
+    async fn release(&self, uid: &str, release: Release) {
+        self.record(format!("release {uid} {release:?}"));
     }
 
     async fn snapshot_sent(&self) {

@@ -109,6 +109,148 @@ async fn pods_of_both_modes_live_and_die() {
     serving.abort();
 }
 
+/// An agent with one node-captured pod, and the proxy that serves it.
+struct Served {
+    place: Place,
+    handler: Arc<Recorder>,
+    agent: server::ZdsHandle,
+    serving: tokio::task::JoinHandle<()>,
+    _proxy: tokio::task::JoinHandle<()>,
+}
+
+async fn served() -> Served {
+    let place = place();
+    let handler = Arc::new(Recorder::default());
+    let server = ZdsServer::bind(&place.socket).unwrap();
+    let agent = server.handle();
+    agent.register(node("pod", "10.244.1.9")).unwrap();
+    let (sender, _) = mpsc::unbounded_channel();
+    let serving = tokio::spawn(server.run(Arc::new(Hook), sender));
+    let options = ClientOptions {
+        path: place.socket.clone(),
+        extension: true,
+        own_netns: Netns::current().unwrap(),
+        default_drain: Duration::from_secs(3),
+    };
+    let proxy = tokio::spawn(client::run(
+        options,
+        handler.clone(),
+        std::future::pending(),
+    ));
+    until("ready", || handler.count("ready") == 1).await;
+    Served {
+        place,
+        handler,
+        agent,
+        serving,
+        _proxy: proxy,
+    }
+}
+
+impl Served {
+    async fn mode(&self) -> CaptureMode {
+        let states = self.agent.state().await.unwrap();
+        assert_eq!(states.len(), 1);
+        states[0].capture_mode()
+    }
+
+    /// Calls that are about a change of capture.
+    fn calls(&self) -> Vec<String> {
+        let about = ["hold", "prepare", "release", "add", "del"];
+        let calls = self.handler.calls().into_iter();
+        calls
+            .filter(|call| about.contains(&call.split(' ').next().unwrap()))
+            .skip(1)
+            .collect()
+    }
+}
+
+const A_WHILE: Duration = Duration::from_secs(2);
+const CHANGES: Release = Release::Changes {
+    drain: Duration::from_secs(60),
+};
+
+#[tokio::test]
+async fn a_held_pod_changes_its_capture_or_keeps_it() {
+    let it = served().await;
+    let pod = Netns::create_unnamed().unwrap();
+    let to = inpod("pod", &pod);
+    let release = it.agent.release(to.clone(), CHANGES).await;
+    assert!(
+        matches!(release, Err(ZdsError::Rejected { .. })),
+        "not held"
+    );
+    let hold = it.agent.hold("nobody", A_WHILE).await;
+    assert!(matches!(hold, Err(ZdsError::Rejected { .. })), "not there");
+
+    it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.handler.fail("pod");
+    it.agent.prepare(to.clone()).await.unwrap_err();
+    it.handler.recover("pod");
+    let nothing = it.agent.release(to.clone(), CHANGES).await;
+    assert!(
+        matches!(nothing, Err(ZdsError::Rejected { .. })),
+        "to what?"
+    );
+    assert_eq!(it.mode().await, CaptureMode::Node);
+
+    it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.agent.prepare(to.clone()).await.unwrap();
+    it.agent.prepare(to.clone()).await.unwrap();
+    let stays = node("pod", "10.244.1.9");
+    it.agent.release(stays, Release::Stays).await.unwrap();
+    assert_eq!(it.mode().await, CaptureMode::Node);
+
+    it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.agent.prepare(to.clone()).await.unwrap();
+    it.agent.release(to, CHANGES).await.unwrap();
+    assert_eq!(it.mode().await, CaptureMode::Inpod);
+    assert_eq!(
+        it.calls(),
+        [
+            "hold pod 2s",
+            "prepare pod inpod",
+            "release pod Stays",
+            "hold pod 2s",
+            "prepare pod inpod",
+            "release pod Stays",
+            "hold pod 2s",
+            "prepare pod inpod",
+            "release pod Changes { drain: 60s }",
+        ]
+    );
+}
+
+/// Its successor says which capture the pod has, and the pod is not stopped for that.
+#[rstest::rstest]
+#[case(true, "release pod Changes { drain: 3s }")]
+#[case(false, "release pod Stays")]
+#[tokio::test]
+async fn an_agent_is_lost_while_it_holds_a_pod(#[case] changed: bool, #[case] release: &str) {
+    let it = served().await;
+    let pod = Netns::create_unnamed().unwrap();
+    it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.agent.prepare(inpod("pod", &pod)).await.unwrap();
+    it.serving.abort();
+    until("the agent is gone", || {
+        it.handler.count("disconnected") == 1
+    })
+    .await;
+    let server = ZdsServer::bind(&it.place.socket).unwrap();
+    server
+        .handle()
+        .register(match changed {
+            true => inpod("pod", &pod),
+            false => node("pod", "10.244.1.9"),
+        })
+        .unwrap();
+    let (sender, _) = mpsc::unbounded_channel();
+    let serving = tokio::spawn(server.run(Arc::new(Hook), sender));
+    until("ready again", || it.handler.count("ready") == 2).await;
+    assert_eq!(it.calls(), ["hold pod 2s", "prepare pod inpod", release]);
+    serving.abort();
+}
+
 #[tokio::test]
 async fn a_thousand_pods_fit_into_a_state_query() {
     let place = place();
