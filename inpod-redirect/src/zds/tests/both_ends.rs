@@ -4,7 +4,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::*;
 use crate::zds::client::{self, ClientOptions};
-use crate::zds::server::{ProxyConnected, ProxyEvent, ProxyHook, ZdsError, ZdsServer};
+use crate::zds::server::{ProxyConnected, ProxyEvent, ProxyHook, ZdsError, ZdsHandle, ZdsServer};
 
 struct Hook;
 
@@ -113,7 +113,7 @@ async fn pods_of_both_modes_live_and_die() {
 struct Served {
     place: Place,
     handler: Arc<Recorder>,
-    agent: server::ZdsHandle,
+    agent: ZdsHandle,
     serving: tokio::task::JoinHandle<()>,
     _proxy: tokio::task::JoinHandle<()>,
 }

@@ -65,6 +65,8 @@ fn zds_packets() {
         b"\xc2\x3e",
         b"\xca\x3e\x04",
         b"\xd2\x3e\x00",
+        b"\xda\x3e\x04",
+        b"\xe2\x3e\x04",
         b"\x0b",
         b"\x0c",
         b"\xff\xff\xff\xff\x0f",
@@ -97,6 +99,8 @@ fn zds_packets() {
             Some(Request::GetNetns(_)) => "netns",
             Some(Request::ConfigureNode(_)) => "configure",
             Some(Request::GetState(_)) => "state",
+            Some(Request::Hold(_)) => "hold",
+            Some(Request::Release(_)) => "release",
         })
     });
 }
