@@ -184,6 +184,53 @@ const NFTABLES: [&str; 26] = [
     "meta l4proto tcp ip daddr != 127.0.0.1 meta mark & 0x00000fff != 0x00000539 counter redirect to :15001",
 ];
 
+/// Tables that somebody changes or deletes are put back; without a journal they are taken over, and go with the pod.
+#[test]
+fn nftables_are_kept_and_taken_over() {
+    let mut spec = harness::spec(Mode::Inpod);
+    spec.inpod_rules = InpodRules::Nftables;
+    spec.mends = true;
+    let scene = own(&spec);
+    let lab = &scene.lab;
+    let sandbox = Sandbox::of(lab, SUBJECT);
+    let tables = || run(&scene, SUBJECT, "nft -s list ruleset");
+    let before = tables();
+    for damage in [
+        "nft delete table inet istio-ambient-nat",
+        "nft insert rule inet istio-ambient-nat istio-output accept",
+        "nft delete table inet ambidex-guard",
+    ] {
+        run(&scene, SUBJECT, damage);
+        assert_ne!(tables(), before, "{damage}");
+        eventually(damage, PATIENCE, || {
+            ambidex(lab, &format!("diff {}/{SUBJECT}", sandbox.namespace)).code == 0
+        });
+    }
+    assert_eq!(scene.seen(SUBJECT, scene.at("pod2-1")), scene.ip(SUBJECT));
+
+    lab.stop(1, Daemon::Agent).unwrap();
+    for file in ["journal/pod-", "pods/"] {
+        let path = format!("{file}{}.json", sandbox.uid);
+        std::fs::remove_file(lab.state_dir(1).join(path)).unwrap();
+    }
+    start_agent(lab);
+    lab.add_pod(SUBJECT).unwrap();
+    diff_is_empty(lab, &format!("{}/{SUBJECT}", sandbox.namespace));
+    lab.del_pod(SUBJECT).unwrap();
+    assert_eq!(run(&scene, SUBJECT, "nft list tables inet"), "");
+
+    // Another mesh's.
+    run(&scene, SUBJECT, "nft add table inet istio-ambient-nat");
+    let error = lab.add_pod(SUBJECT).unwrap_err();
+    let error = format!("{error:#}");
+    for part in [
+        "nftables table inet istio-ambient-nat (a name of Istio ambient)",
+        "nft delete table inet istio-ambient-nat",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+}
+
 /// A connection that says something and hears it back.
 struct Talk(&'static str, TcpStream);
 

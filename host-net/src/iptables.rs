@@ -204,6 +204,11 @@ pub fn own_chains(netns: &Netns, family: Family) -> Result<Vec<OwnChain>, Iptabl
     Ok(chains)
 }
 
+/// Names of the nftables tables of the family `inet`, which no iptables shows. No program is run.
+pub fn inet_tables(netns: &Netns) -> Result<Vec<String>, IptablesError> {
+    NfTables::open_inet(netns)?.tables()
+}
+
 /// Deletes those of these nft tables that exist and are trivial; returns the names of those deleted. A table that holds
 /// anything is left alone, also when somebody fills it at this very moment.
 pub fn delete_nft_tables(

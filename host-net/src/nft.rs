@@ -17,7 +17,7 @@ use std::sync::{Mutex, PoisonError};
 use thiserror::Error;
 
 use crate::engine::Problem;
-use crate::iptables::{IptablesError, process};
+use crate::iptables::{IptablesError, inet_tables, process};
 use crate::netns::{Netns, NetnsId};
 use crate::plan::NftTable;
 use content::Content;
@@ -153,6 +153,10 @@ fn names(tables: &[NftTable]) -> String {
 
 /// The table without counters, which is a script, too.
 fn listing(netns: &Netns, name: &str) -> Result<Option<String>, NftError> {
+    let tables = inet_tables(netns).map_err(NftError::Run)?;
+    if !tables.iter().any(|table| table == name) {
+        return Ok(None);
+    }
     let arguments = ["-s", "list", "table", "inet", name];
     let finished = process::run(netns, PROGRAM, &arguments, "").map_err(explain)?;
     if finished.status.success() {

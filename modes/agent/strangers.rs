@@ -13,14 +13,14 @@ use std::sync::Arc;
 use anyhow::Context;
 use host_net::engine::{self, Problem};
 use host_net::ipset::Ipset;
-use host_net::iptables::{IptablesError, OwnChain, Ruleset, own_chains};
+use host_net::iptables::{IptablesError, OwnChain, Ruleset, inet_tables, own_chains};
 use host_net::journal::{Record, boot_id};
 use host_net::netlink::{ListedRoute, ListedRule, Netlink};
 use host_net::netns::Netns;
 use host_net::plan::{Family, Place, Plan, Step, Table};
 use inpod_redirect::facts::{
-    GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, OLDER_INPUT_CHAIN, OLDER_OUTPUT_CHAIN, V6_INPUT_CHAIN,
-    V6_OUTPUT_CHAIN,
+    GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, NFT_GUARD_TABLE, OLDER_INPUT_CHAIN, OLDER_OUTPUT_CHAIN,
+    V6_INPUT_CHAIN, V6_OUTPUT_CHAIN,
 };
 
 use super::{Agent, Pod};
@@ -41,7 +41,12 @@ const OWN_NAMES: [&str; 6] = [
 #[derive(Debug)]
 enum Stranger {
     Chain(OwnChain),
-    Set { name: String, members: usize },
+    /// Of the family `inet`.
+    NftTable(String),
+    Set {
+        name: String,
+        members: usize,
+    },
     Route(ListedRoute),
     Rule(ListedRule),
     Device(String),
@@ -63,6 +68,13 @@ impl fmt::Display for Stranger {
                     None => Ok(()),
                 }
             }
+            Self::NftTable(name) => {
+                write!(f, "nftables table inet {name}")?;
+                match mesh_of(name) {
+                    Some(mesh) => write!(f, " (a name of {mesh})"),
+                    None => Ok(()),
+                }
+            }
             Self::Set { name, members } => write!(f, "ipset {name} with {members} entries"),
             Self::Route(route) => write!(f, "route {}", route.text),
             Self::Rule(rule) => write!(f, "routing rule {rule}"),
@@ -80,6 +92,7 @@ impl Stranger {
                     && chain.table == step.table.as_str()
                     && chain.name == step.name
             }
+            (Self::NftTable(name), Step::NftTable(step)) => *name == step.name,
             (Self::Set { name, .. }, Step::Set(step)) => *name == step.name,
             (Self::Route(route), Step::Route(step)) => {
                 (route.table, route.dst) == (step.table, step.dst)
@@ -113,6 +126,9 @@ struct Refusal {
 /// The strangers in a namespace that would be in the way of `plan`, given the plans that are known there.
 async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Result<Vec<Stranger>> {
     let mut found: Vec<Stranger> = chains(netns, plan).await?;
+    let tables = inet_tables(netns)?.into_iter();
+    let has_our_name = |name: &String| mesh_of(name).is_some() || name == NFT_GUARD_TABLE;
+    found.extend(tables.filter(has_our_name).map(Stranger::NftTable));
     let of_plan = |wanted: &dyn Fn(&Step) -> bool| plan.steps.iter().any(wanted);
     if of_plan(&|step| matches!(step, Step::Set(_))) {
         found.extend(sets(netns, plan)?);
@@ -222,7 +238,7 @@ fn removal(netns: &Netns, strangers: &[Stranger]) -> Vec<String> {
     }
     // Devices go last, because routes go with them.
     let rank = |stranger: &&Stranger| match stranger {
-        Stranger::Chain(_) => 0,
+        Stranger::Chain(_) | Stranger::NftTable(_) => 0,
         Stranger::Rule(_) => 1,
         Stranger::Route(_) => 2,
         Stranger::Set { .. } => 3,
@@ -232,6 +248,7 @@ fn removal(netns: &Netns, strangers: &[Stranger]) -> Vec<String> {
     rest.sort_by_key(rank);
     commands.extend(rest.into_iter().filter_map(|stranger| match stranger {
         Stranger::Chain(_) => None,
+        Stranger::NftTable(name) => Some(format!("nft delete table inet {name}")),
         Stranger::Rule(rule) => Some(format!("ip rule del pref {}", rule.priority())),
         Stranger::Route(route) => Some(format!("ip route del {} table {}", route.dst, route.table)),
         Stranger::Set { name, .. } => Some(format!("ipset destroy {name}")),

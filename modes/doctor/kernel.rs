@@ -150,7 +150,7 @@ pub(super) static CHECKS: [Check; 21] = [
         title: "connections can be redirected to a local port",
         modes: INPOD,
         why: "connections are redirected to the proxy's ports inside the pod",
-        fix: "modprobe xt_REDIRECT, or choose --inpod-rules tproxy",
+        fix: "modprobe xt_REDIRECT, or choose --inpod-rules nftables",
         look: |facts| lacking(facts, Feature::Redirect),
     },
     Check {

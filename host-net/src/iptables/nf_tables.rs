@@ -13,6 +13,8 @@ use crate::nfnetlink::{
 use crate::plan::Family;
 
 const SUBSYSTEM: u8 = 10;
+/// `NFPROTO_INET` (linux/netfilter.h).
+const BOTH_FAMILIES: u8 = 1;
 const GET_TABLE: u8 = 1;
 const DELETE_TABLE: u8 = 2;
 const GET_CHAIN: u8 = 4;
@@ -57,15 +59,26 @@ pub(super) struct NfTables<'a> {
 
 impl<'a> NfTables<'a> {
     pub(super) fn open(netns: &'a Netns, family: Family) -> Result<Self, IptablesError> {
+        Self::open_family(
+            netns,
+            match family {
+                Family::V4 => FAMILY_INET,
+                Family::V6 => FAMILY_INET6,
+            },
+        )
+    }
+
+    /// The tables that are of both families, nftables' `inet`.
+    pub(super) fn open_inet(netns: &'a Netns) -> Result<Self, IptablesError> {
+        Self::open_family(netns, BOTH_FAMILIES)
+    }
+
+    fn open_family(netns: &'a Netns, family: u8) -> Result<Self, IptablesError> {
         let connection = Connection::open(netns).map_err(|source| IptablesError::Netns {
             netns: netns.id(),
             action: "open a netfilter socket",
             source,
         })?;
-        let family = match family {
-            Family::V4 => FAMILY_INET,
-            Family::V6 => FAMILY_INET6,
-        };
         Ok(Self {
             netns,
             family,

@@ -55,6 +55,15 @@ fn a_table_is_made_compared_changed_and_deleted() {
 }
 
 #[test]
+fn tables_of_both_families_are_listed_without_a_program() {
+    let netns = Netns::create_unnamed().unwrap();
+    assert_eq!(inet_tables(&netns).unwrap(), Vec::<String>::new());
+    nft(&netns, "add table ip other");
+    apply(&netns, &[table(&[])]).unwrap();
+    assert_eq!(inet_tables(&netns).unwrap(), ["own"]);
+}
+
+#[test]
 fn what_somebody_changed_is_named_and_goes_with_the_next_change() {
     let cases = [
         (
