@@ -6,6 +6,7 @@
 
 mod answers;
 mod patch;
+pub mod real;
 mod selector;
 mod serve;
 mod store;
