@@ -1,6 +1,6 @@
 //! The command line: one file per verb.
 //!
-//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`, `doctor`, `explain`), 4 timed out.
+//! Exit codes are a contract: 0 fine, 1 failed, 2 usage, 3 differs (`diff`, `verify`, `doctor`, `explain`, `trace`), 4 timed out.
 
 mod bench;
 mod bug_report;
@@ -19,6 +19,7 @@ mod mode;
 mod output;
 mod plan;
 mod sources;
+mod trace;
 mod verify;
 mod version;
 
@@ -66,6 +67,9 @@ enum Command {
     /// Predict the way of a connection hop by hop, from the state of the kernel and what the plans say of it (exit code 3
     /// where they differ)
     Explain(explain::ExplainArgs),
+    /// Make one connection, or watch the next one, and show what was seen of it beside the prediction (exit code 3 where they
+    /// disagree)
+    Trace(trace::TraceArgs),
     /// Capture a pod that is running; connections that it has go on outside the mesh
     Enrol(enrol::EnrolArgs),
     /// Stop capturing a running pod; its connections through the proxy go on for a time
@@ -134,6 +138,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::BugReport(args) => bug_report::run(args),
         Command::Explain(args) => explain::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Enrol(args) => enrol::run_enrol(args),
         Command::Unenrol(args) => enrol::run_unenrol(args),
         Command::Mode(args) => mode::run(args),

@@ -16,4 +16,5 @@ pub mod options;
 pub mod proxy;
 pub mod proxy_client;
 pub mod run_dir;
+pub mod trace;
 pub mod unix_http;

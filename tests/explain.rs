@@ -1,4 +1,4 @@
-//! Ways of connections: predicted, and flagged where the kernel is not as planned.
+//! Ways of connections: predicted, flagged where the kernel is not as planned, and seen as predicted.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod harness;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ambidex::explain::Explanation;
 use ambidex::explain::hop::Hop;
+use ambidex::trace::Trace;
 use harness::{Scene, Variant};
 use rstest::rstest;
 
@@ -240,4 +241,110 @@ fn one_rule_changed_by_hand_is_flagged_at_its_hop(#[case] variant: Variant) {
         sh(&scene, it.target, &it.mends);
         explained(&scene, 0, what);
     }
+}
+
+#[track_caller]
+fn traced(scene: &Scene, code: i32, what: &str) -> Trace {
+    let arguments = format!("ambidex trace -o json {what}");
+    let argv: Vec<&str> = arguments.split(' ').collect();
+    let done = scene.lab.run("node1", &argv, COMMAND_LIMIT).unwrap();
+    assert_eq!(done.code, code, "{what}: {}{}", done.stdout, done.stderr);
+    serde_json::from_str(&done.stdout).unwrap()
+}
+
+/// How many hops of a packet were seen on their device, and how many rules counted it.
+fn evidence(trace: &Trace, leg: usize, phase: &str) -> (usize, usize) {
+    let walks = &trace.explanation.legs[leg].walks;
+    let walk = walks.iter().position(|walk| walk.phase == phase).unwrap();
+    let hops = &trace.seen[leg][walk].hops;
+    let on_devices = hops.iter().filter(|hop| hop.micros.is_some()).count();
+    let counted = hops.iter().filter(|hop| hop.counted > Some(0)).count();
+    (on_devices, counted)
+}
+
+#[rstest]
+#[case::node_hybrid(Variant::NodeHybrid)]
+#[case::node_tunnel(Variant::NodeTunnel)]
+#[case::inpod(Variant::Inpod)]
+fn what_is_seen_is_what_was_predicted(#[case] variant: Variant) {
+    let scene = scene(variant);
+    let _alone = scene.quiet.lock().unwrap();
+    // The second time through the tunnel that is open already, which is no disagreement.
+    for turn in ["first", "second"] {
+        let trace = traced(&scene, 0, "alpha/pod1-1 alpha/pod2-1:8080 --bytes 20000");
+        assert_eq!(trace.connection.tunnel, Some(true), "{turn}");
+        assert_eq!(
+            trace.connection.legs.len(),
+            3,
+            "{turn}: {:#?}",
+            trace.connection
+        );
+        let source = Some(scene.identity("pod1-1"));
+        assert_eq!(trace.connection.source_identity, source, "{turn}");
+        if turn == "second" {
+            assert!(trace.seen[1][0].spared, "{:#?}", trace.seen[1][0]);
+        }
+        for (leg, phase) in [(0, "first"), (0, "answer"), (0, "later"), (2, "first")] {
+            let (on_devices, counted) = evidence(&trace, leg, phase);
+            assert!(on_devices > 0, "{turn}: leg {leg} {phase}: {trace:#?}");
+            let has_rules = trace.explanation.legs[leg].walks[0]
+                .hops
+                .iter()
+                .any(|hop| hop.rule.is_some());
+            assert!(
+                counted > 0 || !has_rules || phase != "first",
+                "{turn}: leg {leg} {phase}"
+            );
+        }
+        let (on_devices, _) = evidence(&trace, 1, "later");
+        assert!(
+            on_devices >= 4,
+            "{turn}: both nodes and both ends: {on_devices}"
+        );
+    }
+    // By a service, with whichever endpoint; on one node; in the clear; from the node past the proxy.
+    let service = traced(&scene, 0, "alpha/pod1-1 beta/echo:80");
+    assert!(service.connection.endpoint.is_some());
+    traced(&scene, 0, "alpha/pod1-1 beta/pod1-2:8080");
+    let plain = traced(&scene, 0, "alpha/pod1-1 8080 --from plain1");
+    assert_eq!(plain.connection.tunnel, Some(false));
+    let probe = traced(&scene, 0, "alpha/pod1-1 8080 --from node1");
+    assert_eq!(probe.connection.tunnel, None);
+}
+
+/// What the prediction cannot know of, the trace finds: rules of nftables' own.
+#[rstest]
+#[case::node_hybrid(Variant::NodeHybrid, "node1", "prerouting")]
+#[case::inpod(Variant::Inpod, "pod1-1", "output")]
+fn what_is_not_as_predicted_is_said(
+    #[case] variant: Variant,
+    #[case] target: &str,
+    #[case] hook: &str,
+) {
+    let scene = scene(variant);
+    let _alone = scene.quiet.lock().unwrap();
+    let ip = scene.ip("pod1-1");
+    let rules = format!(
+        "table ip strange {{ chain c {{ type filter hook {hook} priority -400; ip saddr {ip} tcp dport 8080 drop; }}; }}"
+    );
+    sh(&scene, target, &format!("nft '{rules}'"));
+    let trace = traced(&scene, 3, "alpha/pod1-1 alpha/pod2-1:8080");
+    sh(&scene, target, "nft delete table ip strange");
+    assert_eq!(trace.explanation.differences(), 0, "{trace:#?}");
+    let notes = trace.explanation.notes.join(" ");
+    assert!(notes.contains("strange"), "{notes}");
+    assert!(trace.connection.failed.is_some());
+    let first = &trace.seen[0][0].hops;
+    let missing = first
+        .iter()
+        .position(|hop| hop.disagrees.is_some())
+        .unwrap();
+    let hop = &trace.explanation.legs[0].walks[0].hops[missing];
+    let place = if variant.is_node() {
+        "node1"
+    } else {
+        "pod alpha/pod1-1"
+    };
+    assert_eq!(hop.place, place, "{hop:#?}");
+    traced(&scene, 0, "alpha/pod1-1 alpha/pod2-1:8080");
 }

@@ -100,6 +100,12 @@ impl Mesh {
         Ok(SocketAddr::new(vip.ip, port))
     }
 
+    /// Hostname of the service that has this address.
+    pub fn service_at(&self, ip: std::net::IpAddr) -> Option<String> {
+        let service = self.0.service_by_vip(ip)?;
+        Some(service.hostname.to_string())
+    }
+
     /// The pod `NAMESPACE/NAME`.
     pub fn pod(&self, name: &str) -> Option<Arc<Workload>> {
         self.0

@@ -39,7 +39,8 @@ pub fn table(explanation: &Explanation, wide: bool) -> String {
     out
 }
 
-fn decision(out: &mut String, leg: &Leg) -> std::fmt::Result {
+/// Who accepted a leg, and what he decides.
+pub(crate) fn decision(out: &mut String, leg: &Leg) -> std::fmt::Result {
     match (&leg.accepted_by, &leg.decision) {
         (Some(who), Some(decision)) => {
             writeln!(out, "  {who} decides: {}", decision.text)?;
@@ -57,7 +58,7 @@ fn decision(out: &mut String, leg: &Leg) -> std::fmt::Result {
 }
 
 /// What a phase is called.
-pub(super) fn phase(name: &str) -> &str {
+pub(crate) fn phase(name: &str) -> &str {
     match name {
         "first" => "first packet",
         "answer" => "answer",
@@ -66,7 +67,8 @@ pub(super) fn phase(name: &str) -> &str {
     }
 }
 
-fn row(hop: &Hop) -> [String; 6] {
+/// A hop in words, with its rule and all that is to be said of it.
+pub(crate) fn told(hop: &Hop) -> String {
     let mut what = hop.text.clone();
     if let Some(rule) = &hop.rule {
         let _ = write!(what, ": {}", rule.text);
@@ -80,6 +82,10 @@ fn row(hop: &Hop) -> [String; 6] {
     if let Some(differs) = &hop.differs {
         let _ = write!(what, "  <<< differs: {differs}");
     }
+    what
+}
+
+fn row(hop: &Hop) -> [String; 6] {
     let marks = |change: &super::hop::Change| match change.after.as_str() {
         "0" if change.before == "0" => "-".to_owned(),
         _ => change.shown(),
@@ -90,12 +96,12 @@ fn row(hop: &Hop) -> [String; 6] {
         marks(&hop.mark),
         marks(&hop.connmark),
         hop.packet.clone(),
-        what,
+        told(hop),
     ]
 }
 
 /// Columns as wide as their longest text, the last one as it is.
-pub(super) fn columns<const N: usize>(out: &mut String, rows: &[[String; N]]) {
+pub(crate) fn columns<const N: usize>(out: &mut String, rows: &[[String; N]]) {
     let mut widths = [0; N];
     for row in rows {
         for (width, text) in widths.iter_mut().zip(row) {
@@ -118,6 +124,14 @@ pub(super) fn columns<const N: usize>(out: &mut String, rows: &[[String; N]]) {
 
 /// A sequence diagram for Mermaid: namespaces as participants, packets between them as arrows, rules as notes.
 pub fn mermaid(explanation: &Explanation) -> String {
+    mermaid_with(explanation, &|_, _, _| None)
+}
+
+/// What is said of a hop besides, by the indices of leg, packet and hop.
+pub(crate) type Besides<'a> = &'a dyn Fn(usize, usize, usize) -> Option<String>;
+
+/// As [`mermaid`], with something more at the packets.
+pub(crate) fn mermaid_with(explanation: &Explanation, besides: Besides<'_>) -> String {
     let mut out = String::from("sequenceDiagram\n");
     let mut places: Vec<&str> = Vec::new();
     for hop in explanation.hops() {
@@ -129,11 +143,12 @@ pub fn mermaid(explanation: &Explanation) -> String {
         let _ = writeln!(out, "  participant p{index} as {}", plain(place));
     }
     let id = |place: &str| places.iter().position(|it| *it == place).unwrap_or(0);
-    for leg in &explanation.legs {
+    for (number, leg) in explanation.legs.iter().enumerate() {
         let last = places.len().saturating_sub(1);
         let _ = writeln!(out, "  Note over p0,p{last}: {}", plain(&leg.title));
-        for walk in &leg.walks {
-            arrows(&mut out, &walk.hops, &phase(&walk.phase).to_owned(), &id);
+        for (index, walk) in leg.walks.iter().enumerate() {
+            let more = |hop| besides(number, index, hop);
+            arrows(&mut out, &walk.hops, phase(&walk.phase), &id, &more);
         }
         if let (Some(decision), Some(hop)) = (
             &leg.decision,
@@ -150,7 +165,13 @@ pub fn mermaid(explanation: &Explanation) -> String {
     out
 }
 
-fn arrows(out: &mut String, hops: &[Hop], phase: &str, id: &dyn Fn(&str) -> usize) {
+fn arrows(
+    out: &mut String,
+    hops: &[Hop],
+    phase: &str,
+    id: &dyn Fn(&str) -> usize,
+    more: &dyn Fn(usize) -> Option<String>,
+) {
     for (index, hop) in hops.iter().enumerate() {
         let at = id(&hop.place);
         if let Some(differs) = &hop.differs {
@@ -160,7 +181,8 @@ fn arrows(out: &mut String, hops: &[Hop], phase: &str, id: &dyn Fn(&str) -> usiz
             Kind::Transmitted => {
                 if let Some(next) = hops.get(index + 1) {
                     let device = hop.device.as_deref().unwrap_or("");
-                    let text = format!("{phase} by {device}: {}", hop.packet);
+                    let more = more(index).map_or_else(String::new, |more| format!(" ({more})"));
+                    let text = format!("{phase} by {device}: {}{more}", hop.packet);
                     let _ = writeln!(out, "  p{at}->>p{}: {}", id(&next.place), plain(&text));
                 }
             }
