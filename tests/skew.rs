@@ -5,6 +5,10 @@
 //! sent (traced); names of the lab, identities of namespaces and the boot are placeholders. The full suite runs the real
 //! programs of the commit in `skew/previous`, which it builds, or those in `AMBIDEX_PREVIOUS`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a client of a test, no part of the proxy"
+)]
 
 mod harness;
 mod runtime;
