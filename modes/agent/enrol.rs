@@ -103,9 +103,16 @@ impl Agent {
         })?;
         let known = self.pods.get(&pod.uid);
         let known = known.filter(|known| known.netns_id == pod.netns_id);
-        // Whoever repeats it need not know that it was running the first time.
+        // Whoever repeats it need not know whether it was running the first time: a pod that is captured since before it ran
+        // has no connection from outside the mesh.
+        let live = match &known {
+            Some(known) if known.state == PodState::Captured && known.mode == pod.mode => {
+                known.live
+            }
+            known => pod.live || known.as_ref().is_some_and(|known| known.live),
+        };
         let pod = Pod {
-            live: pod.live || known.as_ref().is_some_and(|known| known.live),
+            live,
             settled: known
                 .as_ref()
                 .is_some_and(|known| known.settled && known.state == PodState::Captured),

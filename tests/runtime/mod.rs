@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod hostile;
+pub mod successor;
 
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
