@@ -14,7 +14,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
 .PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve flows check clean-lab \
-	kube-tools judges manifests image completions golden
+	kube-tools judges manifests image completions golden modes-doc
 
 all: build
 
@@ -68,6 +68,11 @@ flows: deps
 golden: deps
 	$(CARGO) build --workspace --bins
 	$(CARGO) test --test golden
+
+# What is generated in docs/modes.md: listings and what one connection met, from labs on this machine.
+modes-doc: deps
+	$(CARGO) build --workspace --bins
+	WRITE_MODES=1 $(CARGO) test --test modes_doc the_document
 
 check: deps
 	$(CARGO) fmt --all --check

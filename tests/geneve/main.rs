@@ -8,6 +8,9 @@
 mod absent;
 mod arguments;
 mod flows;
+mod golden;
+#[path = "../listings/mod.rs"]
+mod listings;
 mod machine;
 mod removal;
 mod report;

@@ -11,13 +11,13 @@ use lab::standing::{self, Captured, ScopedLab};
 use lab::topology::{LabSpec, Mode, NodeFlow, Overlay, Programs};
 
 use crate::report::{Report, TestReport};
-use crate::{absent, flows, removal, set_up};
+use crate::{absent, flows, golden, removal, set_up};
 
 /// A test: its name, and what it does with the suite.
 pub type Test = (&'static str, fn(&mut Suite) -> Result<()>);
 
 /// All tests in the order in which they run. The first one needs a machine that has not loaded geneve yet.
-pub const TESTS: [Test; 7] = [
+pub const TESTS: [Test; 8] = [
     ("geneve::absent_is_one_sentence", absent::one_sentence),
     ("geneve::set_up_dump_hybrid", |suite| {
         set_up::dump(suite, NodeFlow::Hybrid)
@@ -31,6 +31,7 @@ pub const TESTS: [Test; 7] = [
     ("geneve::set_up_dump_tunnel", |suite| {
         set_up::dump(suite, NodeFlow::Tunnel)
     }),
+    ("geneve::listings_tunnel", golden::tunnel),
     ("geneve::four_flows_tunnel", |suite| {
         flows::four(suite, NodeFlow::Tunnel)
     }),

@@ -1,0 +1,312 @@
+//! docs/modes.md, which walks through both captures: what stands between its markers is taken from labs.
+//!
+//! `make modes-doc` writes it. Listings are taken again here and have to be the same; what was observed (which rules a
+//! connection met) differs between runs and is only proven not to be written by hand, by the digest in its marker.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod harness;
+mod listings;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use harness::{Scene, Variant, own};
+use lab::standing::Daemon;
+use lab::traffic::Check;
+use listings::rules;
+
+/// With this variable in the environment the document is written.
+const WRITE: &str = "WRITE_MODES";
+const LIMIT: Duration = Duration::from_secs(60);
+const BEGIN: &str = "<!-- generated: ";
+const END: &str = "<!-- end -->";
+
+fn document() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/modes.md"))
+}
+
+/// FNV-1a: against slips of a hand, not of a forger.
+fn digest(content: &str) -> String {
+    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    let hash = content.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, step);
+    format!("{hash:016x}")
+}
+
+/// A generated part: its name, the digest that its marker has, its content.
+#[derive(Debug)]
+struct Part {
+    name: String,
+    digest: String,
+    content: String,
+}
+
+fn parts(text: &str) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for piece in text.split(BEGIN).skip(1) {
+        let (head, rest) = piece.split_once(" -->\n").expect("a whole marker");
+        let (content, _) = rest.split_once(END).expect("a generated part ends");
+        let (name, digest) = head.split_once(' ').unwrap_or((head, ""));
+        parts.push(Part {
+            name: name.to_owned(),
+            digest: digest.to_owned(),
+            content: content.to_owned(),
+        });
+    }
+    parts
+}
+
+/// The text with these contents between its markers.
+fn filled(text: &str, contents: &BTreeMap<String, String>) -> String {
+    let mut pieces = text.split(BEGIN);
+    let mut out = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        let (head, rest) = piece.split_once(" -->\n").expect("a whole marker");
+        let (_, after) = rest.split_once(END).expect("a generated part ends");
+        let name = head.split(' ').next().unwrap_or_default();
+        let content = contents
+            .get(name)
+            .unwrap_or_else(|| panic!("nothing generates {name:?}"));
+        let _ = write!(
+            out,
+            "{BEGIN}{name} {} -->\n{content}{END}{after}",
+            digest(content)
+        );
+    }
+    out
+}
+
+fn block(lines: &[String]) -> String {
+    format!("```\n{}\n```\n", lines.join("\n"))
+}
+
+fn raw(scene: &Scene, target: &str, command: &str) -> String {
+    let said = scene
+        .lab
+        .run(target, &["sh", "-c", command], LIMIT)
+        .unwrap();
+    said.success(command).unwrap().stdout
+}
+
+/// Commands in one place with what they say, without what differs between two machines.
+fn listed(scene: &Scene, target: &str, commands: &[&str]) -> String {
+    let mut lines = Vec::new();
+    for command in commands {
+        lines.push(format!("{target}# {command}"));
+        lines.extend(rules::tidy(command, &raw(scene, target, command)));
+    }
+    block(&lines)
+}
+
+fn agent_log(scene: &Scene) -> String {
+    let log = std::fs::read_to_string(scene.lab.log_path(1, Daemon::Agent)).unwrap();
+    let mut lines = rules::tidy("log", &log);
+    for (_, pod) in scene.lab.topology().pods() {
+        for line in &mut lines {
+            *line = line.replace(&pod.uid, "UID");
+        }
+    }
+    block(&lines)
+}
+
+/// The rules that a connection from pod1-1 to pod2-1 met, by the counters of all places that it may pass.
+fn met(scene: &Scene, targets: &[&str]) -> String {
+    let counted = || {
+        let of = |target: &&str| {
+            let text = raw(scene, target, "iptables-save -c");
+            let mut table = String::new();
+            let mut counted = Vec::new();
+            for line in text.lines() {
+                if let Some(name) = line.strip_prefix('*') {
+                    table = name.to_owned();
+                } else if let Some((count, rule)) = line
+                    .strip_prefix('[')
+                    .and_then(|rest| rest.split_once("] "))
+                {
+                    counted.push((format!("{table} {rule}"), count.to_owned()));
+                }
+            }
+            counted
+        };
+        targets.iter().map(of).collect::<Vec<_>>()
+    };
+    let before = counted();
+    scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+    let after = counted();
+    let mut lines = Vec::new();
+    for ((target, before), after) in targets.iter().zip(before).zip(after) {
+        let ours = |rule: &str| {
+            [
+                "ztunnel-",
+                "ambidex-",
+                "ISTIO_",
+                "AMBIDEX_",
+                " -A PREROUTING",
+            ]
+            .iter()
+            .any(|part| rule.contains(part))
+                && !rule.contains("KUBE-")
+        };
+        for (old, new) in before.iter().zip(&after) {
+            if old.1 != new.1 && ours(&new.0) {
+                lines.push(format!("{target}: {}", new.0));
+            }
+        }
+    }
+    block(&lines)
+}
+
+/// What the machine says again whenever it is asked.
+fn listings() -> BTreeMap<String, String> {
+    let mut contents = BTreeMap::new();
+    let scene = own(&Variant::NodeTunnel.spec());
+    let mut put = |name: &str, content: String| {
+        contents.insert(name.to_owned(), content);
+    };
+    put("agent-log", agent_log(&scene));
+    put(
+        "node-sets",
+        listed(
+            &scene,
+            "node1",
+            &["ipset list -n", "ipset list ztunnel-pods-ips"],
+        ),
+    );
+    put("node-rules", listed(&scene, "node1", &["ip rule"]));
+    put(
+        "node-tables",
+        listed(
+            &scene,
+            "node1",
+            &[
+                "ip route show table 100",
+                "ip route show table 101",
+                "ip route show table 102",
+                "ip route show table 103",
+                "ip route get 10.244.1.10",
+            ],
+        ),
+    );
+    put(
+        "node-mangle",
+        listed(&scene, "node1", &["iptables-save -t mangle"]),
+    );
+    put(
+        "node-guard",
+        listed(&scene, "node1", &["iptables-save -t filter"]),
+    );
+    put(
+        "proxy",
+        listed(
+            &scene,
+            "proxy1",
+            &[
+                "ip rule",
+                "ip route show table 100",
+                "ip route show table 101",
+                "ip route show table 102",
+                "iptables-save -t mangle",
+            ],
+        ),
+    );
+    drop(scene);
+    let scene = own(&Variant::Inpod.spec());
+    put(
+        "pod",
+        listed(
+            &scene,
+            "pod1-1",
+            &["ip rule", "ip route show table 100", "iptables-save"],
+        ),
+    );
+    put(
+        "pod-sockets",
+        listed(&scene, "pod1-1", &["ss -ntlH | awk '{print $4}' | sort"]),
+    );
+    put(
+        "inpod-node",
+        listed(
+            &scene,
+            "node1",
+            &["ipset list istio-inpod-probes-v4", "iptables-save -t nat"],
+        ),
+    );
+    contents
+}
+
+/// What was seen once, on the machine that wrote the document.
+fn observations() -> BTreeMap<String, String> {
+    let mut contents = BTreeMap::new();
+    for (variant, name) in [
+        (Variant::NodeTunnel, "met-tunnel"),
+        (Variant::NodeHybrid, "met-hybrid"),
+        (Variant::Inpod, "met-inpod"),
+    ] {
+        let scene = own(&variant.spec());
+        // What a first connection needs besides (the tunnel between the proxies) is there then.
+        scene.check("pod1-1", scene.at("pod2-1"), Check::Who);
+        let targets: &[&str] = match variant.is_node() {
+            true => &["node1", "proxy1", "node2", "proxy2"],
+            false => &["pod1-1", "node1", "node2", "pod2-1"],
+        };
+        contents.insert(name.to_owned(), met(&scene, targets));
+        if variant == Variant::NodeTunnel {
+            let devices = ["istioin", "istioout"].map(|device| {
+                let command = format!("ip -d link show {device}");
+                let lines = rules::tidy("ip -d link", &raw(&scene, "node1", &command));
+                format!("node1# {command}\n{}", lines.join("\n"))
+            });
+            contents.insert("node-devices".to_owned(), block(&devices));
+        }
+    }
+    let said = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let commit = said("git", &["rev-parse", "--short", "HEAD"]);
+    let kernel = said("uname", &["-r"]);
+    contents.insert(
+        "taken".to_owned(),
+        format!("Taken from commit {commit}, on Linux {kernel}, by `make modes-doc`.\n"),
+    );
+    contents
+}
+
+#[test]
+fn the_document_says_what_the_machine_says() {
+    let text = std::fs::read_to_string(document()).unwrap();
+    let listings = listings();
+    if std::env::var_os(WRITE).is_some() {
+        let mut contents = observations();
+        contents.extend(listings);
+        std::fs::write(document(), filled(&text, &contents)).unwrap();
+        return;
+    }
+    let parts = parts(&text);
+    for (name, content) in &listings {
+        let part = parts.iter().find(|part| part.name == *name);
+        let part = part.unwrap_or_else(|| panic!("docs/modes.md has no part {name:?}"));
+        assert_eq!(&part.content, content, "{name}: `make modes-doc` writes it");
+    }
+}
+
+#[test]
+fn no_generated_part_is_written_by_hand() {
+    let text = std::fs::read_to_string(document()).unwrap();
+    let parts = parts(&text);
+    assert!(parts.len() >= 14, "{}", parts.len());
+    for part in &parts {
+        assert_eq!(part.digest, digest(&part.content), "{}", part.name);
+        assert!(part.content.lines().count() > 0, "{} is empty", part.name);
+    }
+    // The digest is of all of it.
+    let changed = text.replace("ztunnel-PREROUTING", "ztunnel-prerouting");
+    let broken = self::parts(&changed);
+    assert!(
+        broken
+            .iter()
+            .any(|part| part.digest != digest(&part.content))
+    );
+}
