@@ -6,6 +6,7 @@
 
 mod harness;
 mod listings;
+mod runtime;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -158,6 +159,15 @@ fn met(scene: &Scene, targets: &[&str]) -> String {
     block(&lines)
 }
 
+/// The connection's way, predicted from the state of the kernel.
+fn explained(scene: &Scene) -> String {
+    let arguments = format!("explain alpha/pod1-1 {}", scene.at("pod2-1"));
+    let said = runtime::ambidex(&scene.lab, &arguments).with_code(0);
+    let mut lines = vec![format!("node1# ambidex {arguments}")];
+    lines.extend(said.lines().map(|line| line.trim_end().to_owned()));
+    block(&lines)
+}
+
 /// What the machine says again whenever it is asked.
 fn listings() -> BTreeMap<String, String> {
     let mut contents = BTreeMap::new();
@@ -239,10 +249,10 @@ fn listings() -> BTreeMap<String, String> {
 /// What was seen once, on the machine that wrote the document.
 fn observations() -> BTreeMap<String, String> {
     let mut contents = BTreeMap::new();
-    for (variant, name) in [
-        (Variant::NodeTunnel, "met-tunnel"),
-        (Variant::NodeHybrid, "met-hybrid"),
-        (Variant::Inpod, "met-inpod"),
+    for (variant, name, predicted) in [
+        (Variant::NodeTunnel, "met-tunnel", "predicted-tunnel"),
+        (Variant::NodeHybrid, "met-hybrid", "predicted-hybrid"),
+        (Variant::Inpod, "met-inpod", "predicted-inpod"),
     ] {
         let scene = own(&variant.spec());
         // What a first connection needs besides (the tunnel between the proxies) is there then.
@@ -252,6 +262,7 @@ fn observations() -> BTreeMap<String, String> {
             false => &["pod1-1", "node1", "node2", "pod2-1"],
         };
         contents.insert(name.to_owned(), met(&scene, targets));
+        contents.insert(predicted.to_owned(), explained(&scene));
         if variant == Variant::NodeTunnel {
             let devices = ["istioin", "istioout"].map(|device| {
                 let command = format!("ip -d link show {device}");

@@ -119,7 +119,7 @@ pub fn tidy(command: &str, text: &str) -> Vec<String> {
     if command.starts_with("ip a") {
         lifetimes_of_known_addresses(&mut lines);
     }
-    if command == "ipset list" {
+    if command.starts_with("ipset list") {
         return with_sorted_members(lines);
     }
     if command.starts_with("iptables-save") {
