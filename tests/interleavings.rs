@@ -254,16 +254,8 @@ impl<'a> World<'a> {
                     it.service_account
                 ));
             }
-            Step::Unenrol(pod) | Step::Undo(pod) => {
-                let it = self.sandbox(pod);
-                if runtime_knows(lab, &it.uid) {
-                    let verb = match step {
-                        Step::Undo(_) => "undo",
-                        _ => "unenrol",
-                    };
-                    operator(&format!("{verb} {}/{}", it.namespace, it.name));
-                }
-            }
+            Step::Unenrol(pod) => self.part_with(pod, "unenrol --wait"),
+            Step::Undo(pod) => self.part_with(pod, "undo"),
             Step::Agent { killed } => {
                 self.end_agent(killed);
                 lab.start(1, Daemon::Agent).unwrap();
@@ -276,6 +268,16 @@ impl<'a> World<'a> {
                 lab.start(1, Daemon::Agent).unwrap();
                 self.wait_ready();
             }
+        }
+    }
+
+    /// Until the agent does not know the pod any more: one that still drains is captured again as one that was running.
+    fn part_with(&self, pod: usize, how: &str) {
+        let it = self.sandbox(pod);
+        let deadline = Instant::now() + SOON;
+        while runtime_knows(self.lab, &it.uid) {
+            let done = ambidex(self.lab, &format!("{how} {}/{}", it.namespace, it.name));
+            assert!(Instant::now() < deadline, "{how} {}: {done:?}", it.name);
         }
     }
 
