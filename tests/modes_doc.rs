@@ -1,6 +1,6 @@
 //! docs/modes.md, which walks through both captures: what stands between its markers is taken from labs.
 //!
-//! `make modes-doc` writes it. Listings are taken again here and have to be the same; what was observed (which rules a
+//! `make modes-doc` writes it. Listings are taken again in the full suite and have to be the same; what was observed (which rules a
 //! connection met) differs between runs and is only proven not to be written by hand, by the digest in its marker.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -287,6 +287,11 @@ fn observations() -> BTreeMap<String, String> {
 
 #[test]
 fn the_document_says_what_the_machine_says() {
+    let all = std::env::var("AMBIDEX_TEST_SUITE").is_ok_and(|suite| suite == "all");
+    if !all && std::env::var_os(WRITE).is_none() {
+        eprintln!("listings are taken again with AMBIDEX_TEST_SUITE=all only");
+        return;
+    }
     let text = std::fs::read_to_string(document()).unwrap();
     let listings = listings();
     if std::env::var_os(WRITE).is_some() {
