@@ -135,14 +135,24 @@ async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Resu
     }
     if of_plan(&|step| matches!(step, Step::Link(_) | Step::Route(_) | Step::Rule(_))) {
         let netlink = Netlink::connect(netns).await?;
-        for route in netlink.routes(Family::V4).await? {
-            if of_plan(&|step| matches!(step, Step::Route(r) if r.table == route.table)) {
-                found.push(Stranger::Route(route));
+        for family in [Family::V4, Family::V6] {
+            for route in netlink.routes(family).await? {
+                let meant = |step: &Step| {
+                    matches!(step, Step::Route(r) if r.table == route.table
+                        && r.dst.addr().is_ipv4() == family.is_v4())
+                };
+                if of_plan(&meant) {
+                    found.push(Stranger::Route(route));
+                }
             }
-        }
-        for rule in netlink.rules(Family::V4).await? {
-            if of_plan(&|step| matches!(step, Step::Rule(r) if r.priority == rule.priority())) {
-                found.push(Stranger::Rule(rule));
+            for rule in netlink.rules(family).await? {
+                let meant = |step: &Step| {
+                    matches!(step, Step::Rule(r) if r.priority == rule.priority()
+                        && r.family == family)
+                };
+                if of_plan(&meant) {
+                    found.push(Stranger::Rule(rule));
+                }
             }
         }
         for link in netlink.links().await? {
@@ -249,7 +259,10 @@ fn removal(netns: &Netns, strangers: &[Stranger]) -> Vec<String> {
     commands.extend(rest.into_iter().filter_map(|stranger| match stranger {
         Stranger::Chain(_) => None,
         Stranger::NftTable(name) => Some(format!("nft delete table inet {name}")),
-        Stranger::Rule(rule) => Some(format!("ip rule del pref {}", rule.priority())),
+        Stranger::Rule(rule) => {
+            let ip = if rule.family.is_v4() { "ip" } else { "ip -6" };
+            Some(format!("{ip} rule del pref {}", rule.priority()))
+        }
         Stranger::Route(route) => Some(format!("ip route del {} table {}", route.dst, route.table)),
         Stranger::Set { name, .. } => Some(format!("ipset destroy {name}")),
         Stranger::Device(name) => Some(format!("ip link del {name}")),
