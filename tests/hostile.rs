@@ -59,11 +59,16 @@ fn payloads() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// Every port of the proxy, hostile bytes on each, ended in order and by reset: each such connection ends, and nothing else does.
+/// Every port of the proxy, hostile bytes on each. As long as such connections stand, who comes after them is served as ever;
+/// each of them ends, by its own end or by the proxy's; and nothing else does.
 #[rstest]
 fn hostile_bytes_harm_nobody_else(#[values(NodeHybrid, Inpod)] variant: Variant) {
-    let scene = own(&variant.spec());
-    let mut bystander = Connection::open(&scene, "pod1-1", "pod2-1");
+    let mut spec = variant.spec();
+    // Tunnels that nobody uses any more are no leak.
+    let release = "POOL_UNUSED_RELEASE_TIMEOUT".to_owned();
+    spec.daemon_env.insert(release, "2s".to_owned());
+    let scene = own(&spec);
+    let mut bystanders = ["pod1-1", "plain1"].map(|from| Connection::open(&scene, from, "pod2-1"));
     let before = [1, 2].map(|node| descriptors(&scene, node));
     let pod = scene.ip("pod2-1");
     let own = Ipv4Addr::LOCALHOST;
@@ -75,6 +80,41 @@ fn hostile_bytes_harm_nobody_else(#[values(NodeHybrid, Inpod)] variant: Variant)
         ("proxy2", (own, 15020).into()),
         ("proxy2", (own, 15021).into()),
     ];
+    let refused = || {
+        let labels = [("reporter", "destination")];
+        scene.metric(2, "istio_tcp_connections_failed_total", &labels)
+    };
+    let so_far = refused();
+    let kept: Vec<(u16, TcpStream)> = ports
+        .iter()
+        .flat_map(|(from, to)| {
+            let kept = payloads().into_iter();
+            let begun = kept.map(|(_, payload)| begin(&scene, from, *to, &payload).unwrap());
+            begun.flatten().map(|stream| (to.port(), stream))
+        })
+        .collect();
+    // To the same port of the same pod, in a tunnel that has to be opened first, and without one.
+    for from in ["pod1-2", "pod2-2", "plain2"] {
+        assert_eq!(scene.seen(from, scene.at("pod2-1")), scene.ip(from));
+    }
+    for (port, page) in [
+        (15000, "/config_dump"),
+        (15020, "/metrics"),
+        (15021, "/healthz/ready"),
+    ] {
+        scene.page(2, port, page);
+    }
+    let tunnels = kept.iter().filter(|(port, _)| *port == HBONE_PORT);
+    for (_, tunnel) in tunnels {
+        let mut tunnel = tunnel;
+        let end = tunnel.read_to_end(&mut Vec::new());
+        let stays = end.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        assert!(!stays, "a tunnel that never begins stays open");
+    }
+    drop(kept);
+    eventually("each of them is counted", SOON, || {
+        refused() >= so_far + payloads().len() as f64
+    });
     std::thread::scope(|scope| {
         for (from, to) in ports {
             let scene = &scene;
@@ -88,8 +128,8 @@ fn hostile_bytes_harm_nobody_else(#[values(NodeHybrid, Inpod)] variant: Variant)
             });
         }
     });
-    bystander.talks();
-    unharmed(&scene, before, bystander);
+    bystanders.iter_mut().for_each(Connection::talks);
+    unharmed(&scene, before, bystanders);
 }
 
 /// The connection ends by itself after these bytes, however its other side takes them.
@@ -100,18 +140,9 @@ fn bother(
     payload: &[u8],
     resets: bool,
 ) -> Result<(), String> {
-    let netns = scene.lab.netns(from).unwrap();
-    let connected = netns.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap();
-    let mut stream = match connected {
-        Ok(stream) => stream,
-        Err(error) if error.kind() == ErrorKind::TimedOut => return Err(error.to_string()),
-        // Refused, or hung up on before it was noticed here.
-        Err(_) => return Ok(()),
+    let Some(mut stream) = begin(scene, from, to, payload)? else {
+        return Ok(());
     };
-    stream.set_read_timeout(Some(SOON)).unwrap();
-    stream.set_write_timeout(Some(SOON)).unwrap();
-    // Who is hung up on cannot write everything.
-    let _ = stream.write_all(payload);
     if resets {
         SockRef::from(&stream)
             .set_linger(Some(Duration::ZERO))
@@ -123,6 +154,28 @@ fn bother(
         Err(error) if error.kind() == ErrorKind::WouldBlock => Err("it stays open".to_owned()),
         _ => Ok(()),
     }
+}
+
+/// Connects and sends these bytes, as far as they are taken; none if the connection was refused.
+fn begin(
+    scene: &Stage,
+    from: &str,
+    to: SocketAddr,
+    payload: &[u8],
+) -> Result<Option<TcpStream>, String> {
+    let netns = scene.lab.netns(from).unwrap();
+    let connected = netns.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap();
+    let mut stream = match connected {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == ErrorKind::TimedOut => return Err(error.to_string()),
+        // Refused, or hung up on before it was noticed here.
+        Err(_) => return Ok(None),
+    };
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.set_write_timeout(Some(SOON)).unwrap();
+    // Who is hung up on cannot write everything.
+    let _ = stream.write_all(payload);
+    Ok(Some(stream))
 }
 
 /// An HTTP/2 frame.
@@ -214,7 +267,7 @@ async fn tunnel(scene: &Stage) -> TlsStream<tokio::net::TcpStream> {
 }
 
 /// Both proxies are the processes that they were, have no more descriptors than before, and serve.
-fn unharmed(scene: &Stage, before: [f64; 2], bystander: Connection) {
+fn unharmed<T>(scene: &Stage, before: [f64; 2], bystanders: T) {
     for (node, before) in [1, 2].into_iter().zip(before) {
         let log = scene.proxy_log(node);
         assert!(!log.contains("panicked"), "{log}");
@@ -222,7 +275,7 @@ fn unharmed(scene: &Stage, before: [f64; 2], bystander: Connection) {
         let what = format!("descriptors of proxy{node} are {before} again");
         eventually(&what, SOON, || descriptors(scene, node) <= before);
     }
-    drop(bystander);
+    drop(bystanders);
     for (from, to) in [
         ("pod1-1", "pod2-1"),
         ("pod2-1", "pod1-1"),

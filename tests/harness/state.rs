@@ -21,19 +21,31 @@ pub struct Changed<'a> {
 impl Stage {
     /// Changes what all proxies know and waits until they know it.
     pub fn with_state(&self, change: impl FnOnce(&mut LocalXds)) -> Changed<'_> {
-        // A scenario that failed has put back what it changed.
-        let alone = self
-            .quiet
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let changed = Changed {
             stage: self,
-            _alone: alone,
+            _alone: self.alone(),
         };
+        self.change(change);
+        changed
+    }
+
+    /// As [`Stage::with_state`], where every scenario of a lab makes the state that it wants: nothing is put back.
+    pub fn in_state(&self, change: impl FnOnce(&mut LocalXds)) -> MutexGuard<'_, ()> {
+        let alone = self.alone();
+        self.change(change);
+        alone
+    }
+
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        // A scenario that failed has put back what it changed.
+        let quiet = self.quiet.lock();
+        quiet.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut LocalXds)) {
         let mut state = self.lab.topology().local_xds();
         change(&mut state);
         self.publish(state);
-        changed
     }
 
     fn publish(&self, mut state: LocalXds) {

@@ -94,6 +94,17 @@ pub fn process(pid: i32) -> io::Result<Cpu> {
     parse_process(&text).ok_or_else(|| io::Error::other(format!("{path} has an unknown format")))
 }
 
+/// CPU time of what a process has started and waited for, and of what those have (proc(5), /proc/PID/stat).
+///
+/// # Errors
+/// When there is no such process.
+pub fn children(pid: i32) -> io::Result<Cpu> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| io::Error::other(format!("{path}: {error}")))?;
+    parse_children(&text).ok_or_else(|| io::Error::other(format!("{path} has an unknown format")))
+}
+
 /// Time that the threads which a process has have run, in seconds. Finer than [`process`], which counts in ticks, but what
 /// has ended is not in it: good for telling whether a process ran at all.
 ///
@@ -147,14 +158,23 @@ fn parse_memory(text: &str) -> Option<Memory> {
 }
 
 fn parse_process(text: &str) -> Option<Cpu> {
+    parse_ticks(text, 11)
+}
+
+fn parse_children(text: &str) -> Option<Cpu> {
+    parse_ticks(text, 13)
+}
+
+/// User time at this field behind the name, and system time behind it.
+fn parse_ticks(text: &str, user: usize) -> Option<Cpu> {
     // The second field is the program's name in parentheses and may contain anything.
     let (_, after_name) = text.rsplit_once(") ")?;
     let fields: Vec<&str> = after_name.split_ascii_whitespace().collect();
     let ticks = |index: usize| fields.get(index)?.parse::<f64>().ok();
     let second = ticks_per_second();
     Some(Cpu {
-        user: ticks(11)? / second,
-        system: ticks(12)? / second,
+        user: ticks(user)? / second,
+        system: ticks(user + 1)? / second,
         interrupts: 0.0,
     })
 }

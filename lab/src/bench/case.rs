@@ -39,6 +39,9 @@ impl fmt::Display for Path {
 /// Idle connections of the largest case: two descriptors for each fit under a hard limit of 20,480.
 const MOST_IDLE: u32 = 10_000;
 
+/// Pods of the largest case.
+const MOST_PODS: u8 = 200;
+
 /// The client's pod.
 pub const CLIENT: &str = "pod1-1";
 
@@ -49,6 +52,27 @@ pub enum Way {
     Up,
     /// From server to client.
     Down,
+}
+
+/// How pods come that are to be captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pace {
+    /// Each when the one before it is captured.
+    OneByOne,
+    /// All at the same moment.
+    AtOnce,
+    /// So many in each second, whatever becomes of those before them: an open loop.
+    PerSecond(u8),
+}
+
+impl fmt::Display for Pace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OneByOne => Ok(()),
+            Self::AtOnce => f.write_str("-at-once"),
+            Self::PerSecond(pods) => write!(f, "-{pods}ps"),
+        }
+    }
 }
 
 /// A kind of load.
@@ -77,12 +101,12 @@ pub enum Load {
         /// How many.
         connections: u32,
     },
-    /// Pods that are captured: `enrol50`, `enrol200-at-once`.
+    /// Pods that are captured: `enrol50`, `enrol200-at-once`, `enrol200-20ps`.
     Enrol {
         /// How many.
         pods: u8,
-        /// All at once, or one after the other.
-        at_once: bool,
+        /// How they come.
+        pace: Pace,
     },
     /// A proxy that ends and is started again under load: `restart`, `crash`.
     Restart {
@@ -102,7 +126,7 @@ pub enum Amount {
 
 impl Load {
     /// All, in the order in which they are measured.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::bulk(1, Way::Up),
         Self::bulk(1, Way::Down),
         Self::bulk(8, Way::Up),
@@ -117,17 +141,34 @@ impl Load {
         Self::Idle {
             connections: MOST_IDLE,
         },
-        Self::enrol(1, false),
-        Self::enrol(50, false),
-        Self::enrol(50, true),
-        Self::enrol(200, false),
-        Self::enrol(200, true),
+        Self::enrol(1, Pace::OneByOne),
+        Self::enrol(50, Pace::OneByOne),
+        Self::enrol(50, Pace::AtOnce),
+        Self::enrol(50, Pace::PerSecond(20)),
+        Self::enrol(200, Pace::OneByOne),
+        Self::enrol(200, Pace::AtOnce),
+        Self::enrol(200, Pace::PerSecond(20)),
         Self::Restart { killed: false },
         Self::Restart { killed: true },
     ];
 
-    const fn enrol(pods: u8, at_once: bool) -> Self {
-        Self::Enrol { pods, at_once }
+    const fn enrol(pods: u8, pace: Pace) -> Self {
+        Self::Enrol { pods, pace }
+    }
+
+    /// `enrolN`, `enrolN-at-once` and `enrolN-Mps` with any numbers that are not nothing, up to those of the largest case.
+    fn enrolment(word: &str) -> Option<Self> {
+        let (pods, pace) = match word.strip_prefix("enrol")?.split_once('-') {
+            None => (word.strip_prefix("enrol")?, Pace::OneByOne),
+            Some((pods, "at-once")) => (pods, Pace::AtOnce),
+            Some((pods, each)) => {
+                let per_second = each.strip_suffix("ps")?.parse().ok()?;
+                (pods, Pace::PerSecond(per_second))
+            }
+        };
+        let pods = pods.parse().ok()?;
+        let most = (1..=MOST_PODS).contains(&pods) && pace != Pace::PerSecond(0);
+        most.then_some(Self::enrol(pods, pace))
     }
 
     const fn bulk(streams: u8, way: Way) -> Self {
@@ -208,9 +249,7 @@ impl fmt::Display for Load {
             Self::FirstByte => "first-byte".to_owned(),
             Self::Cold => "cold".to_owned(),
             Self::Idle { connections } => format!("idle{connections}"),
-            Self::Enrol { pods, at_once } => {
-                format!("enrol{pods}{}", if *at_once { "-at-once" } else { "" })
-            }
+            Self::Enrol { pods, pace } => format!("enrol{pods}{pace}"),
             Self::Restart { killed: false } => "restart".to_owned(),
             Self::Restart { killed: true } => "crash".to_owned(),
         })
@@ -341,9 +380,15 @@ impl FromStr for Case {
     type Err = String;
 
     fn from_str(word: &str) -> Result<Self, String> {
+        let other_number = || {
+            let load = Load::enrolment(word.strip_prefix("same-node/")?)?;
+            let path = Path::SameNode;
+            Some(Self { path, load }).filter(|case| case.to_string() == word)
+        };
         Self::all()
             .into_iter()
             .find(|case| case.to_string() == word)
+            .or_else(other_number)
             .ok_or_else(|| {
                 let known: Vec<String> = Self::all().iter().map(Self::to_string).collect();
                 format!("{word:?} is not a case: {}", known.join(", "))
@@ -368,10 +413,24 @@ mod tests {
             "cross-node/rr64",
             "cross-node/idle10000",
             "same-node/enrol200-at-once",
+            "same-node/enrol200-20ps",
         ] {
             assert!(words.iter().any(|known| known == word), "{word}");
         }
-        for none in ["same-node/idle10000", "cross-node/enrol1", "bulk1"] {
+        for other in ["enrol3", "enrol7-at-once", "enrol4-2ps"] {
+            let word = format!("same-node/{other}");
+            assert_eq!(word.parse::<Case>().unwrap().to_string(), word);
+        }
+        for none in [
+            "same-node/idle10000",
+            "same-node/enrol0",
+            "same-node/enrol201",
+            "same-node/enrol03",
+            "same-node/enrol5-0ps",
+            "same-node/enrol5-soon",
+            "cross-node/enrol1",
+            "bulk1",
+        ] {
             assert!(none.parse::<Case>().is_err(), "{none}");
         }
         for part in [Case::quick(), Case::full()] {

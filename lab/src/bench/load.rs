@@ -110,7 +110,7 @@ pub fn run(load: Load, target: &Target<'_>) -> Result<Measured> {
         Load::FirstByte => connect::first_byte(target),
         Load::Cold => connect::cold(target),
         Load::Idle { connections } => idle::idle(target, connections),
-        Load::Enrol { pods, at_once } => enrol::enrol(target, pods, at_once),
+        Load::Enrol { pods, pace } => enrol::enrol(target, pods, pace),
         Load::Restart { killed } => restart::restart(target, killed),
     }
 }

@@ -199,7 +199,32 @@ fn remarks(report: &Report, line: &Line) -> String {
     if line.stolen > STOLEN_LIMIT {
         remarks.push(format!("stolen up to {:.0} %", line.stolen * 100.0));
     }
+    remarks.extend(enrolment(report, line));
     or_dash(remarks.join(", "))
+}
+
+/// Whose processor time an enrolment took (medians), and how far it was from keeping all processors busy.
+fn enrolment(report: &Report, line: &Line) -> Option<String> {
+    let samples = report.of(&line.variant, line.case);
+    let median = |key: &str| {
+        let found = samples.iter().filter_map(|sample| sample.extra.get(key));
+        let mut values: Vec<f64> = found.copied().collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
+    };
+    let parts = ["agent", "iptables", "plugin", "proxy"].map(|part| {
+        let spent = median(&format!("{part}_cpu_ms_per_pod"))?;
+        Some(format!("{part} {spent:.2}"))
+    });
+    let parts: Option<Vec<String>> = parts.into_iter().collect();
+    let parts = format!("CPU ms/pod: {}", parts?.join(" "));
+    Some(match median("wall_by_cpu") {
+        Some(ratio) => {
+            let processors = report.environment.processors;
+            format!("wall {ratio:.2} x CPU/{processors}, {parts}")
+        }
+        None => parts,
+    })
 }
 
 /// What has to be known to read the results.
