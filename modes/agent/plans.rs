@@ -65,10 +65,6 @@ impl Agent {
         capture: Capture,
         phase: Phase,
     ) -> anyhow::Result<Vec<(Place, Plan)>> {
-        let address = pod
-            .ipv4()
-            .next()
-            .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?;
         match capture {
             Capture::Node => {
                 let setup = self
