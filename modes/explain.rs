@@ -1,7 +1,7 @@
 //! The way of a connection, predicted hop by hop from the state of the kernel and beside it what the plans say.
 //!
 //! Nothing is sent. The state of every namespace on the way is read once ([`gather`]), a packet is led through it by a
-//! small model of what the kernel does with one ([`world`], [`hooks`], [`routing`]), and the same packet through the state as
+//! small model of what the kernel does with one ([`world`], `hooks`, `routing`), and the same packet through the state as
 //! it would be with every planned object in place ([`planned`]). Where the two ways part, the hop is flagged ([`compare`]). What
 //! the model does not know, it says ([`hop::Hop::unknown`]).
 

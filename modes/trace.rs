@@ -1,7 +1,7 @@
 //! The way of one real connection, observed beside the prediction.
 //!
 //! The prediction is made from the state before the connection ([`crate::explain`]). Then every device on the predicted way
-//! is listened on ([`taps`]), rules are counted ([`counters`]), the connection is made ([`connection`]), and each predicted hop is
+//! is listened on (`taps`), rules are counted (`counters`), the connection is made ([`connection`]), and each predicted hop is
 //! held against what was seen of it ([`judge`]).
 
 pub mod connection;

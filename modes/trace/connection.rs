@@ -17,8 +17,10 @@ use crate::proxy_client;
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(5);
 /// How long proxies may take to have all of its halves: a tunnel's handshake on a busy node.
 const KNOWN_WITHIN: Duration = Duration::from_secs(3);
-/// How long what the client sent may be on its way.
-const SENT_WITHIN: Duration = Duration::from_millis(300);
+/// How long what the client sent may take to pass the last proxy.
+const PASSED_WITHIN: Duration = Duration::from_secs(10);
+/// From there, or without proxies, to the application.
+const ARRIVED_WITHIN: Duration = Duration::from_millis(200);
 /// Between two questions to the proxies.
 const ASK_EVERY: Duration = Duration::from_millis(20);
 
@@ -63,6 +65,8 @@ struct Half {
     source: End,
     destination: End,
     mutual_tls: bool,
+    sent: u64,
+    received: u64,
     service: Option<String>,
     hbone_addr: Option<String>,
     tunnel: Option<Tunnel>,
@@ -119,16 +123,37 @@ pub(super) async fn make(prepared: &Prepared, bytes: usize) -> Result<Observed> 
     };
     ends.from = stream.local_addr()?;
     let observed = known(prepared, ends).await;
-    Ok(send(stream, bytes, observed).await)
+    Ok(send(prepared, stream, bytes.max(1), observed).await)
 }
 
-async fn send(mut stream: TcpStream, bytes: usize, mut observed: Observed) -> Observed {
-    let content = vec![b'.'; bytes.max(1)];
-    if let Err(error) = stream.write_all(&content).await {
+async fn send(
+    prepared: &Prepared,
+    mut stream: TcpStream,
+    bytes: usize,
+    mut observed: Observed,
+) -> Observed {
+    if let Err(error) = stream.write_all(&vec![b'.'; bytes]).await {
         observed.failed = Some(format!("sending: {error}"));
     }
-    sleep(SENT_WITHIN).await;
+    let begun = Instant::now();
+    while observed.tunnel.is_some()
+        && begun.elapsed() < PASSED_WITHIN
+        && !passed(&halves(prepared).await, &observed, bytes as u64)
+    {
+        sleep(ASK_EVERY).await;
+    }
+    sleep(ARRIVED_WITHIN).await;
     observed
+}
+
+/// Whether so many bytes went through all that proxies have of the connection. One that has ended needs no waiting for.
+fn passed(halves: &[Half], observed: &Observed, bytes: u64) -> bool {
+    let ends = |number: usize| observed.legs.get(number).map(|leg| leg.from);
+    let mut of_connection = halves.iter().filter(|half| {
+        let application = half.application.map(|leg| leg.local);
+        Some(half.source.addr) == ends(0) || (application.is_some() && application == ends(2))
+    });
+    of_connection.all(|half| half.sent.max(half.received) >= bytes)
 }
 
 /// What the proxies say of a connection, as soon as they have all of it.
@@ -270,7 +295,7 @@ pub(super) async fn follow(prepared: &Prepared, limit: Duration) -> Result<Obser
                 to: question.to,
             };
             let observed = known(prepared, ends).await;
-            sleep(SENT_WITHIN).await;
+            sleep(ARRIVED_WITHIN).await;
             return Ok(observed);
         }
         sleep(ASK_EVERY).await;
