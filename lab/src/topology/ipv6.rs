@@ -16,7 +16,7 @@ pub fn twin(ip: Ipv4Addr) -> Ipv6Addr {
 /// The number whose hexadecimal digits are the decimal ones of `octet`.
 fn digits(octet: u8) -> u16 {
     let octet = u16::from(octet);
-    (octet / 100) << 8 | (octet / 10 % 10) << 4 | octet % 10
+    ((octet / 100) << 8) | ((octet / 10 % 10) << 4) | (octet % 10)
 }
 
 /// The twin of a prefix: what has 32, 24 or 16 bits becomes 128, 64 or 48.

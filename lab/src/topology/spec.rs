@@ -290,6 +290,10 @@ words! {
     }
 }
 
+#[allow(
+    clippy::derivable_impls,
+    reason = "the macro derives the same for all settings"
+)]
 impl Default for Families {
     fn default() -> Self {
         Self::V4

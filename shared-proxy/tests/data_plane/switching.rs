@@ -68,6 +68,10 @@ async fn what_comes_to_a_held_pod_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "an application of a test, no part of the proxy"
+)]
 async fn a_hold_waits_for_connections_that_are_being_made() {
     let pair = Pair::new().await;
     // With its queue full, the application's host does not answer.
