@@ -13,10 +13,11 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use harness::Variant::{self, NodeHybrid, NodeTunnel};
+use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::wire::Tap;
 use harness::{Scene, assert_same_dump, eventually, own};
 use host_net::netns::Netns;
+use inpod_redirect::facts::PROBE_ADDRESS6;
 use lab::topology::{Families, SERVICE_PORT, SERVICE_VIP, ipv6};
 use lab::traffic::{Check, Saw};
 use rstest::rstest;
@@ -73,13 +74,18 @@ fn assert_encrypted(scene: &Scene, tap: Tap, marker: &str) {
 #[case::cross_node("pod1-1", "pod2-1", "node1", "eth0")]
 #[case::same_node("pod1-1", "pod1-2", "proxy1", "lo")]
 fn pod_to_pod(
-    #[values(NodeHybrid, NodeTunnel)] variant: Variant,
+    #[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant,
     #[case] from: &str,
     #[case] to: &str,
     #[case] target: &str,
     #[case] device: &str,
 ) {
     let scene = dual(variant);
+    // Pods that capture themselves have tunnels from pod to pod.
+    let (target, device) = match (variant, device) {
+        (Inpod, "lo") => ("node1", "vethp1"),
+        _ => (target, device),
+    };
     let _alone = scene.quiet.lock().unwrap_or_else(PoisonError::into_inner);
     let near = scene.mark(scene.node_of(from));
     let far = scene.mark(scene.node_of(to));
@@ -108,7 +114,7 @@ fn pod_to_pod(
 
 /// Everybody sees whom he should, and only what is to be captured passes the proxies.
 #[rstest]
-fn others(#[values(NodeHybrid, NodeTunnel)] variant: Variant) {
+fn others(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
     let scene = dual(variant);
     let ip6 = |target| IpAddr::from(scene.ip6(target));
     let service = SocketAddr::from((ipv6::twin(SERVICE_VIP), SERVICE_PORT));
@@ -130,7 +136,11 @@ fn others(#[values(NodeHybrid, NodeTunnel)] variant: Variant) {
     // A probe of the node is direct; whoever is on another node goes through the proxy.
     let before = scene.mark(1);
     let gateway = IpAddr::from(ipv6::twin(node.pod_gateway));
-    assert_eq!(scene.seen("node1", scene.at6("pod1-1")), gateway);
+    let probes_from = match variant {
+        Inpod => PROBE_ADDRESS6.into(),
+        _ => gateway,
+    };
+    assert_eq!(scene.seen("node1", scene.at6("pod1-1")), probes_from);
     let other = ipv6::twin(topology.node(2).unwrap().address);
     assert_eq!(
         scene.seen("node2", scene.at6("pod1-1")),
@@ -139,13 +149,15 @@ fn others(#[values(NodeHybrid, NodeTunnel)] variant: Variant) {
     scene.access_line(before, &[("src.addr", &format!("~[{other}]:"))]);
     for line in scene.access_lines(before) {
         let client = line["src.addr"].as_str().unwrap_or_default();
-        assert!(!client.starts_with(&format!("[{gateway}]:")), "{line}");
+        for nodes in [gateway, probes_from] {
+            assert!(!client.starts_with(&format!("[{nodes}]:")), "{line}");
+        }
     }
 }
 
 /// Neighbours are found, pings answered, datagrams delivered: none of it is captured.
 #[rstest]
-fn what_is_not_tcp(#[values(NodeHybrid, NodeTunnel)] variant: Variant) {
+fn what_is_not_tcp(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
     let scene = dual(variant);
     for (from, to) in [
         ("pod1-1", "pod2-1"),
@@ -279,7 +291,7 @@ fn assert_alive(when: &str, stream: &mut TcpStream) {
 
 /// Older connections of IPv6 stay direct, captured ones outlive the capture, and nothing of it is left in the end.
 #[rstest]
-fn a_running_pod_is_enrolled_and_let_go(#[values(NodeHybrid, NodeTunnel)] variant: Variant) {
+fn a_running_pod_is_enrolled_and_let_go(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
     const SUBJECT: &str = "pod1-1";
     let scene = own(&spec(variant));
     let lab = &scene.lab;
@@ -395,9 +407,9 @@ fn a_lost_object_is_named_and_nothing_passes() {
 }
 
 /// Pods without IPv4: captured all the same.
-#[test]
-fn pods_with_ipv6_only() {
-    let mut spec = spec(NodeHybrid);
+#[rstest]
+fn pods_with_ipv6_only(#[values(NodeHybrid, Inpod)] variant: Variant) {
+    let mut spec = spec(variant);
     spec.families = Families::V6;
     let scene = own(&spec);
     assert_eq!(
@@ -411,4 +423,5 @@ fn pods_with_ipv6_only() {
     assert_eq!(line["dst.identity"], *scene.identity("pod2-1"), "{line}");
     let attempt = scene.attempt("pod1-1", scene.at("pod2-1"), Check::Who, SECONDS);
     assert!(!attempt.ok);
+    ambidex(&scene.lab, "verify").with_code(0);
 }

@@ -1,6 +1,6 @@
 //! Names and numbers of the in-pod capture: the field's (Istio since 1.24), unless marked as ours.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use host_net::plan::MarkMatch;
 
@@ -42,6 +42,12 @@ pub const V6_OUTPUT_CHAIN: &str = "AMBIDEX_V6_OUT";
 
 /// Source address of the node's own connections to captured pods, probes first of all.
 pub const PROBE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+/// The same of IPv6.
+pub const PROBE_ADDRESS6: Ipv6Addr = Ipv6Addr::new(
+    0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff,
+);
+/// Set on the node: captured pods by their IPv6 addresses.
+pub const PROBES_SET6: &str = "istio-inpod-probes-v6";
 /// Set on the node: captured pods.
 pub const PROBES_SET: &str = "istio-inpod-probes-v4";
 

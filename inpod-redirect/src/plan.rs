@@ -4,7 +4,7 @@
 //! proxy sends carries its mark and is let through; what it sends to the application with the client's address comes over
 //! `lo`, marks its connection, and the application's answers follow that mark back to `lo` instead of leaving the pod.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use host_net::plan::{
     Chain, Family, Jump, Member, Phase, Plan, Position, Route, RouteKind, RouteScope, Rule,
@@ -17,6 +17,7 @@ use crate::facts::*;
 
 mod guard;
 mod iptables;
+mod ipv6;
 mod nftables;
 
 /// Which rules capture inside a pod. All lead to the same sockets, so a pod can go from one to another while it is
@@ -36,9 +37,9 @@ pub enum Style {
 pub struct PodFacts {
     /// Pod UID.
     pub uid: String,
-    /// The pod's IPv4 address.
-    pub ip: Ipv4Addr,
-    /// Whether the pod's namespace has IPv6, and so something to drop.
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether the pod's namespace has IPv6, which is dropped when the pod has no IPv6 address.
     pub ipv6: bool,
     /// Whether its DNS queries are captured.
     pub dns: bool,
@@ -46,6 +47,13 @@ pub struct PodFacts {
     pub live: bool,
     /// Which rules.
     pub style: Style,
+}
+
+impl PodFacts {
+    /// Whether the pod's IPv6 goes through the proxy: by the rules of [`Style::Redirect`] alone.
+    pub fn captures_ipv6(&self) -> bool {
+        self.ipv6 && self.style == Style::Redirect && self.addresses.iter().any(IpAddr::is_ipv6)
+    }
 }
 
 /// Objects in the pod's namespace.
@@ -60,7 +68,7 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
     match facts.style {
         Style::Nftables => plan.steps.extend(nftables::tables(facts, phase)),
         Style::Redirect | Style::Tproxy => {
-            if facts.ipv6 && phase == Phase::Active {
+            if facts.ipv6 && !facts.captures_ipv6() && phase == Phase::Active {
                 plan.steps
                     .push(v6_chain(V6_INPUT_CHAIN, "INPUT", "! -i lo -j DROP"));
                 plan.steps
@@ -72,6 +80,10 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
             }
             plan.steps.extend(iptables::chains(facts, phase));
         }
+    }
+    if facts.captures_ipv6() {
+        let twins = ipv6::twins(&plan.steps);
+        plan.steps.extend(twins);
     }
     plan
 }
@@ -127,32 +139,43 @@ fn return_rule(priority: u32, table: u32) -> Step {
 /// Begins a connection: `--syn` as `iptables-save` prints it.
 const SYN: &str = "--tcp-flags FIN,SYN,RST,ACK SYN";
 
-/// Objects on the node, shared by all captured pods: the node's own connections to them get the probe address.
-pub fn host() -> Plan {
-    Plan {
-        name: "host-inpod".to_owned(),
-        steps: vec![
+/// Objects on the node, shared by all captured pods: the node's own connections to them get the probe address. `ipv6`: whether
+/// the node has IPv6.
+pub fn host(ipv6: bool) -> Plan {
+    // Only what begins: where nothing tracked connections before, those that are open would be picked up in mid-stream, get
+    // another source address and break.
+    let rule = format!(
+        "-p tcp -m tcp {SYN} -m owner --socket-exists -m set --match-set {PROBES_SET} dst -j SNAT --to-source {PROBE_ADDRESS}"
+    );
+    let in_family = |family, set: &str, rule| {
+        [
             Step::Set(Set {
-                name: PROBES_SET.to_owned(),
-                family: Family::V4,
+                name: set.to_owned(),
+                family,
                 comments: true,
             }),
             Step::Chain(Chain {
-                family: Family::V4,
+                family,
                 table: Table::Nat,
                 name: POSTROUTING_CHAIN.to_owned(),
-                // Only what begins: where nothing tracked connections before, those that are open would be picked up in
-                // mid-stream, get another source address and break.
-                rules: vec![format!(
-                    "-p tcp -m tcp {SYN} -m owner --socket-exists -m set --match-set {PROBES_SET} dst -j SNAT --to-source {PROBE_ADDRESS}"
-                )],
+                rules: vec![rule],
                 // Before any masquerading of the network plugin.
                 jump: Some(Jump {
                     from: "POSTROUTING".to_owned(),
                     position: Position::First,
                 }),
             }),
-        ],
+        ]
+    };
+    let mut steps = Vec::new();
+    let translated = ipv6::translated(&rule);
+    steps.extend(in_family(Family::V4, PROBES_SET, rule));
+    if ipv6 {
+        steps.extend(in_family(Family::V6, PROBES_SET6, translated));
+    }
+    Plan {
+        name: "host-inpod".to_owned(),
+        steps,
     }
 }
 
@@ -160,10 +183,18 @@ pub fn host() -> Plan {
 pub fn host_pod(facts: &PodFacts, phase: Phase) -> Plan {
     let mut plan = Plan::empty(format!("host-pod-{}", facts.uid));
     if phase == Phase::Active {
-        plan.steps.push(Step::Member(Member {
-            set: PROBES_SET.to_owned(),
-            ip: facts.ip.into(),
-            comment: Some(facts.uid.clone()),
+        let addresses = facts.addresses.iter().copied();
+        let captured = addresses.filter(|ip| ip.is_ipv4() || facts.captures_ipv6());
+        plan.steps.extend(captured.map(|ip| {
+            let set = match ip {
+                IpAddr::V4(_) => PROBES_SET,
+                IpAddr::V6(_) => PROBES_SET6,
+            };
+            Step::Member(Member {
+                set: set.to_owned(),
+                ip,
+                comment: Some(facts.uid.clone()),
+            })
         }));
     }
     plan

@@ -4,7 +4,7 @@
 //! redirection and leads answers to spoofed clients back (see [`crate::plan`]).
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, LazyLock};
 
 use host_net::netns::Netns;
@@ -78,21 +78,48 @@ impl InpodScope {
         &self.workload
     }
 
-    fn listener(&self, role: Role, port: u16) -> io::Result<Listener> {
-        let socket = self.socket_in_pod(Domain::IPV4, Protocol::TCP)?;
+    /// What is listened at: every address, in both families. Local queries are redirected to the loopback address, and
+    /// answered from it; nobody else is to ask there.
+    fn places(role: Role, port: u16) -> [SocketAddr; 2] {
+        match role {
+            Role::Dns => [
+                (Ipv4Addr::LOCALHOST, port).into(),
+                (Ipv6Addr::LOCALHOST, port).into(),
+            ],
+            _ => [
+                (Ipv4Addr::UNSPECIFIED, port).into(),
+                (Ipv6Addr::UNSPECIFIED, port).into(),
+            ],
+        }
+    }
+
+    /// One for each family; one for IPv4 where there is no IPv6.
+    fn both<T>(
+        [v4, v6]: [SocketAddr; 2],
+        make: impl Fn(SocketAddr) -> io::Result<T>,
+    ) -> io::Result<Vec<T>> {
+        let v4 = make(v4)?;
+        match make(v6) {
+            Ok(v6) => Ok(vec![v4, v6]),
+            Err(error) if is_without_ipv6(&error) => Ok(vec![v4]),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn listener(&self, role: Role, address: SocketAddr) -> io::Result<Listener> {
+        let socket = self.socket_in_pod(Domain::for_address(address), Protocol::TCP)?;
+        // The kernel has one flag for both families.
         socket.set_ip_transparent_v4(true)?;
-        // Local queries are redirected to the loopback address, and answered from it. Nobody else is to ask there.
-        let ip = match role {
-            Role::Dns => Ipv4Addr::LOCALHOST,
-            _ => Ipv4Addr::UNSPECIFIED,
-        };
-        self.bind(&socket, SocketAddr::from((ip, port)))?;
+        self.bind(&socket, address)?;
         socket.listen(BACKLOG)?;
         Listener::new(role, TcpListener::from(socket))
     }
 
     fn bind(&self, socket: &Socket, address: SocketAddr) -> io::Result<()> {
         socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
         // Two proxies serve a pod while one replaces the other.
         socket.set_reuse_port(true)?;
         socket.bind(&SockAddr::from(address)).map_err(|error| {
@@ -152,16 +179,20 @@ impl Scope for InpodScope {
             Role::InboundHbone => HBONE_PORT,
             Role::Dns => DNS_PORT,
         };
-        Ok(vec![self.listener(role, port)?])
+        Self::both(Self::places(role, port), |address| {
+            self.listener(role, address)
+        })
     }
 
     fn udp(&self, role: Role) -> io::Result<Vec<UdpSocket>> {
         if role != Role::Dns {
             return Ok(Vec::new());
         }
-        let socket = self.socket_in_pod(Domain::IPV4, Protocol::UDP)?;
-        self.bind(&socket, SocketAddr::from((Ipv4Addr::LOCALHOST, DNS_PORT)))?;
-        Ok(vec![UdpSocket::from_std(socket.into())?])
+        Self::both(Self::places(role, DNS_PORT), |address| {
+            let socket = self.socket_in_pod(Domain::for_address(address), Protocol::UDP)?;
+            self.bind(&socket, address)?;
+            UdpSocket::from_std(socket.into())
+        })
     }
 
     fn datagram(&self, to: SocketAddr) -> io::Result<UdpSocket> {
@@ -197,6 +228,14 @@ impl Scope for InpodScope {
 /// With equal ends (the pod reaches itself through its service) the kernel's choice is right already.
 fn spoofs(client: IpAddr, destination: IpAddr) -> bool {
     client != destination && !client.is_loopback()
+}
+
+/// Error number of a family that the kernel does not have (asm-generic/errno.h).
+const EAFNOSUPPORT: i32 = 97;
+
+/// A kernel without IPv6, or a namespace where it is switched off.
+fn is_without_ipv6(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(EAFNOSUPPORT) || error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
 fn pod_name(workload: &LocalWorkload) -> String {

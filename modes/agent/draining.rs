@@ -13,7 +13,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::anyhow;
 use host_net::netns::Netns;
 use host_net::sockets::{Connection, connections};
-use inpod_redirect::facts::{MARK_PROXY, PROBE_ADDRESS};
+use inpod_redirect::facts::{MARK_PROXY, PROBE_ADDRESS, PROBE_ADDRESS6};
+use inpod_redirect::plan::Style;
 use nix::sys::socket::SockaddrStorage;
 use serde::{Deserialize, Serialize};
 use shared_proxy::capture::{DNS_PORT, OUTBOUND_PORT};
@@ -240,7 +241,7 @@ impl Agent {
     fn nodes_of(&self, pod: &Pod) -> anyhow::Result<BTreeSet<IpAddr>> {
         Ok(match pod.mode {
             // What the node says to a captured pod comes from here; what it said before is older than the capture.
-            Capture::Inpod => BTreeSet::from([IpAddr::from(PROBE_ADDRESS)]),
+            Capture::Inpod => BTreeSet::from([PROBE_ADDRESS.into(), PROBE_ADDRESS6.into()]),
             Capture::Node => addresses_of(&self.host)?,
         })
     }
@@ -306,7 +307,9 @@ impl Agent {
             Capture::Node => self
                 .node_setup()
                 .is_some_and(|setup| setup.host_facts.ends6.is_some()),
-            Capture::Inpod => false,
+            Capture::Inpod => {
+                self.style() == Style::Redirect && pod.addresses.iter().any(IpAddr::is_ipv6)
+            }
         }
     }
 

@@ -78,7 +78,7 @@ impl Agent {
     /// The probe exemption of the in-pod capture.
     pub(super) async fn make_inpod_host_objects(&self) -> anyhow::Result<()> {
         if self.config.mode.uses_inpod() {
-            let plan = inpod_redirect::plan::host();
+            let plan = inpod_redirect::plan::host(has_ipv6(&self.host));
             self.refuse_strangers_on_node(&plan).await?;
             self.converge(&self.host_place(), &plan)
                 .await

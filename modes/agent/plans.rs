@@ -103,10 +103,7 @@ impl Agent {
                 let netns = pod.open_netns()?;
                 let facts = inpod_redirect::plan::PodFacts {
                     uid: pod.uid.clone(),
-                    ip: pod
-                        .ipv4()
-                        .next()
-                        .ok_or_else(|| anyhow!("the pod has no IPv4 address"))?,
+                    addresses: pod.addresses.clone(),
                     ipv6: has_ipv6(&netns),
                     dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
                     live: pod.live && !pod.settled,

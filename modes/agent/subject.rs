@@ -10,6 +10,7 @@ use host_net::netns::Netns;
 use host_net::plan::{Place, Plan};
 
 use super::api::{PlacedFindings, PlacedPlan, Subject, Undone};
+use super::node::has_ipv6;
 use super::{Agent, Pod, removal};
 
 /// Pods that are unenrolled at the same time.
@@ -24,7 +25,10 @@ impl Agent {
                 self.refuse_after_undo()?;
                 let mut placed = Vec::new();
                 if self.config.mode.uses_inpod() {
-                    placed.push((self.host_place(), inpod_redirect::plan::host()));
+                    placed.push((
+                        self.host_place(),
+                        inpod_redirect::plan::host(has_ipv6(&self.host)),
+                    ));
                 }
                 if self.config.mode.uses_node() {
                     let setup = self.node_setup().ok_or_else(|| {

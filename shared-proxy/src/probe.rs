@@ -9,7 +9,7 @@
 //! Such connections are in no access log and no metric: they are not the pod's.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,14 @@ use crate::pool::PoolKey;
 /// Where a probe goes: link-local, so that no router passes it on where nothing captures it, next to the address that the
 /// field's probe exemption uses (169.254.7.127).
 pub const ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 7, 126)), 15099);
+
+/// Where the probe of a pod without IPv4 goes: next to the field's address of the same use.
+pub const ADDRESS6: SocketAddr = SocketAddr::new(
+    IpAddr::V6(Ipv6Addr::new(
+        0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xfffe,
+    )),
+    15099,
+);
 
 /// Most bytes of a question or an answer.
 const LIMIT: u64 = 1024;
@@ -80,7 +88,9 @@ enum ProbeError {
 
 /// Whether a captured connection is a probe.
 pub(crate) fn is_probe(captured: &Captured) -> bool {
-    captured.dst == Ok(OrigDstAddr(ADDRESS))
+    [ADDRESS, ADDRESS6]
+        .iter()
+        .any(|at| captured.dst == Ok(OrigDstAddr(*at)))
 }
 
 /// Serves the probe where it leaves the pod.

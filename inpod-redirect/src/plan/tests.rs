@@ -7,7 +7,7 @@ use super::*;
 fn facts() -> PodFacts {
     PodFacts {
         uid: "1e054806-e667-4109-a5af-08b3e6ba0c42".to_owned(),
-        ip: Ipv4Addr::new(10, 244, 1, 5),
+        addresses: vec!["10.244.1.5".parse().unwrap()],
         ipv6: true,
         dns: false,
         live: false,
@@ -18,6 +18,43 @@ fn facts() -> PodFacts {
 fn snapshot(name: &str, plan: &Plan) {
     let commands = as_commands(plan).join("\n");
     insta::assert_snapshot!(name, format!("# {}\n{commands}", plan.name));
+}
+
+/// IPv6 is captured as IPv4, rule for rule, and is not dropped then.
+#[test]
+fn ipv6_beside_ipv4() {
+    let mut dual = facts();
+    dual.addresses.push("fd00:10:244:1::5".parse().unwrap());
+    for phase in [Phase::Active, Phase::Draining] {
+        let (v4, both) = (pod(&facts(), phase), pod(&dual, phase));
+        let of_v6 = |step: &&Step| match step {
+            Step::Chain(chain) => chain.family == Family::V6,
+            Step::Rule(rule) => rule.family == Family::V6,
+            Step::Route(route) => route.dst.addr().is_ipv6(),
+            _ => false,
+        };
+        let own: Vec<&Step> = both.steps.iter().filter(|step| !of_v6(step)).collect();
+        let alone: Vec<&Step> = v4.steps.iter().filter(|step| !of_v6(step)).collect();
+        assert_eq!(own, alone, "{phase:?}");
+        assert_eq!(both.steps.iter().filter(of_v6).count(), own.len());
+        let commands = as_commands(&both).join("\n");
+        assert!(!commands.contains(V6_INPUT_CHAIN), "{commands}");
+    }
+    let mut only_v6 = pod(&dual, Phase::Active);
+    only_v6.steps = ipv6::twins(&pod(&facts(), Phase::Active).steps);
+    snapshot("pod_ipv6", &only_v6);
+    assert_eq!(host_pod(&dual, Phase::Active).steps.len(), 2);
+    // Other rules know no IPv6 addresses.
+    for style in [Style::Tproxy, Style::Nftables] {
+        let dual = PodFacts {
+            style,
+            ..dual.clone()
+        };
+        assert_eq!(
+            pod(&dual, Phase::Active),
+            pod(&PodFacts { style, ..facts() }, Phase::Active)
+        );
+    }
 }
 
 #[test]
@@ -123,7 +160,7 @@ fn a_running_pod_s_connections_go_on() {
 
 #[test]
 fn node() {
-    snapshot("host", &host());
+    snapshot("host", &host(true));
     snapshot("host_pod", &host_pod(&facts(), Phase::Active));
     for phase in [Phase::Draining, Phase::Absent] {
         assert_eq!(host_pod(&facts(), phase).steps, []);

@@ -183,7 +183,7 @@ impl Node {
             let scope = InpodScope::new(self.netns(pod), workload, &own).unwrap();
             let relay = relay::start(Arc::new(scope), Arc::clone(&self.log));
             self.relays.insert(pod.netns, relay);
-            self.apply(H, &Plan::empty("host-inpod"), &plan::host())
+            self.apply(H, &Plan::empty("host-inpod"), &plan::host(true))
                 .await;
             let host_pod = plan::host_pod(&facts(pod, self.style), phase);
             self.apply(H, &Plan::empty(host_pod.name.clone()), &host_pod)
@@ -220,7 +220,7 @@ impl Node {
         for (at, plan) in [
             (A, in_pod),
             (H, plan::host_pod(&facts(A, self.style), Phase::Active)),
-            (H, plan::host()),
+            (H, plan::host(true)),
         ] {
             let (place, journal) = self.place(at);
             let errors = engine::remove(&place, &plan, &journal).await;
@@ -260,7 +260,7 @@ impl Node {
 fn facts(pod: Pod, style: Style) -> PodFacts {
     PodFacts {
         uid: format!("uid-{}", pod.netns),
-        ip: pod.ip,
+        addresses: vec![pod.ip.into()],
         ipv6: true,
         dns: false,
         live: true,

@@ -1,6 +1,7 @@
 //! The live probe: a connection from inside the pod that only a working capture answers.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -45,7 +46,11 @@ pub(in crate::agent) async fn probe(pod: &Pod, netns: &Netns) -> Result<(), Trou
 }
 
 async fn ask(pod: &Pod, netns: &Netns) -> Result<(), Trouble> {
-    let mut stream = connect(netns).await?;
+    let address = match pod.ipv4().next() {
+        Some(_) => probe::ADDRESS,
+        None => probe::ADDRESS6,
+    };
+    let mut stream = connect(netns, address).await?;
     let question = Question {
         nonce: format!("{:032x}", rand::random::<u128>()),
     };
@@ -85,11 +90,13 @@ fn is_right(pod: &Pod, question: &Question, reached: &Reached) -> anyhow::Result
     Ok(())
 }
 
-async fn connect(netns: &Netns) -> Result<TcpStream, Trouble> {
-    let address = probe::ADDRESS;
+async fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream, Trouble> {
     // A socket stays in the namespace that it was made in.
     let socket = netns
-        .run(TcpSocket::new_v4)
+        .run(|| match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        })
         .and_then(|socket| socket)
         .with_context(|| format!("a socket to {address} in the pod"))?;
     let error = match timeout(TAKEN_WITHIN, socket.connect(address)).await {
