@@ -79,7 +79,7 @@ pub(super) async fn refuse_taken_port(
     kind: OverlayKind,
 ) -> anyhow::Result<()> {
     let links = Netlink::connect(netns).await?.links().await?;
-    let bound = netns.run(|| bound_udp_ports())?;
+    let bound = netns.run(bound_udp_ports)?;
     taken(place, &links, &bound, port, kind)?;
     Ok(())
 }
