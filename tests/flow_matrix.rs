@@ -33,11 +33,13 @@ fn columns() -> Vec<Column> {
     if !all && std::env::var_os(WRITE_TO).is_none() {
         let mut bridged = false;
         columns.retain(|column| {
-            let first = column.cni == Cni::Bridge && !column.is_node() && !bridged;
+            let first = column.cni == Cni::Bridge && !column.is_node() && !column.v6 && !bridged;
             bridged |= first;
-            column.cni == Cni::Routed || first
+            (column.cni == Cni::Routed && !column.v6) || first
         });
     }
+    // IPv6 of pods that are captured in their namespace is dropped there, whole.
+    columns.retain(|column| column.is_node() || !column.v6);
     // Refused before any flow could be tried.
     columns.retain(|column| !(column.is_node() && column.cni == Cni::Bridge));
     columns

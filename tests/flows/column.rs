@@ -1,7 +1,7 @@
 //! The captures that the flows are tried in.
 
 use clap::ValueEnum;
-use lab::topology::{Cni, InpodRules, LabSpec, Mode, NodeFlow};
+use lab::topology::{Cni, Families, InpodRules, LabSpec, Mode, NodeFlow};
 use serde::Serialize;
 
 use crate::harness;
@@ -22,6 +22,8 @@ pub struct Column {
     pub captured: Captured,
     /// How pods are wired.
     pub cni: Cni,
+    /// Whether flows are of IPv6, in a lab of both families.
+    pub v6: bool,
 }
 
 /// A column in words.
@@ -31,6 +33,8 @@ pub struct Named {
     pub capture: String,
     /// `routed`, `bridge`.
     pub cni: String,
+    /// `IPv4`, `IPv6`.
+    pub family: &'static str,
 }
 
 impl Column {
@@ -47,8 +51,19 @@ impl Column {
         );
         let of = |cni: &Cni| {
             let cni = *cni;
-            let column = move |captured| Column { captured, cni };
-            captured.iter().copied().map(column).collect::<Vec<_>>()
+            let column = move |captured| {
+                let v4 = Column {
+                    captured,
+                    cni,
+                    v6: false,
+                };
+                [v4, Column { v6: true, ..v4 }]
+            };
+            captured
+                .iter()
+                .copied()
+                .flat_map(column)
+                .collect::<Vec<_>>()
         };
         Cni::value_variants().iter().flat_map(of).collect()
     }
@@ -71,6 +86,9 @@ impl Column {
             },
         };
         spec.cni = self.cni;
+        if self.v6 {
+            spec.families = Families::Dual;
+        }
         spec
     }
 
@@ -83,6 +101,7 @@ impl Column {
         Named {
             capture,
             cni: self.cni.to_string(),
+            family: if self.v6 { "IPv6" } else { "IPv4" },
         }
     }
 }

@@ -1,15 +1,14 @@
 //! A lab of one capture with everything that the flows need: services, node ports, servers on nodes, taps.
 
-use std::io::Read;
 use std::mem::ManuallyDrop;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use host_net::netns::Netns;
 use lab::standing::Daemon;
 use lab::topology::workloads::LocalXds;
-use lab::topology::{APPLICATION_PORT, OUTSIDE, SERVICE_PORT};
+use lab::topology::{APPLICATION_PORT, OUTSIDE, SERVICE_PORT, ipv6};
 use lab::traffic::{self, Check, ClientOptions, Outcome};
 use serde_json::Value;
 
@@ -26,7 +25,7 @@ const SERVICES: [(&str, Ipv4Addr, &str); 3] = [
     ("own", Ipv4Addr::new(10, 96, 0, 23), "pod1-1"),
 ];
 /// Where a node-local DNS server listens.
-pub const LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
+const LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
 /// What the kubelet's probes look like to a pod that is captured in its namespace.
 const PROBE: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The proxy's metrics page.
@@ -41,6 +40,7 @@ const LOGGED_WITHIN: Duration = Duration::from_secs(30);
 /// A lab of one capture.
 pub struct Ground<'a> {
     pub scene: &'a Scene,
+    v6: bool,
     ports: AtomicU16,
     /// Never put back: the lab goes when its flows are done, and by then without a proxy to tell.
     _services: ManuallyDrop<Changed<'a>>,
@@ -62,9 +62,14 @@ pub fn lab(column: &Column) -> Scene {
 
 impl<'a> Ground<'a> {
     /// Adds services, node ports and servers.
-    pub fn prepare(scene: &'a Scene) -> Self {
+    pub fn prepare(scene: &'a Scene, v6: bool) -> Self {
+        let rules = service_rules(scene);
         for node in ["node1", "node2"] {
-            script(scene, node, &service_rules(scene));
+            script(scene, node, &rules);
+            if v6 {
+                let rules = ipv6::rules(&rules).replace("iptables", "ip6tables");
+                script(scene, node, &rules);
+            }
             scene.serve(node, APPLICATION_PORT);
         }
         script(
@@ -72,10 +77,16 @@ impl<'a> Ground<'a> {
             "node1",
             &format!("ip address add {LINK_LOCAL}/32 dev lo"),
         );
+        if v6 {
+            let twin = ipv6::twin(LINK_LOCAL);
+            let add = format!("ip address add {twin}/128 dev lo nodad");
+            script(scene, "node1", &add);
+        }
         Self {
             scene,
+            v6,
             ports: AtomicU16::new(61_000),
-            _services: ManuallyDrop::new(scene.with_state(add_services)),
+            _services: ManuallyDrop::new(scene.with_state(|state| add_services(state, v6))),
         }
     }
 
@@ -84,44 +95,53 @@ impl<'a> Ground<'a> {
         self.scene.lab.netns(target).unwrap()
     }
 
+    /// An address, or the one of the same box in the family of the flows.
+    fn own_family(&self, address: Ipv4Addr) -> IpAddr {
+        match (self.v6, address) {
+            (false, address) => address.into(),
+            (true, Ipv4Addr::LOCALHOST) => Ipv6Addr::LOCALHOST.into(),
+            (true, address) => ipv6::twin(address).into(),
+        }
+    }
+
     /// The address of a box as others call it.
-    pub fn address(&self, target: &str) -> Ipv4Addr {
+    pub fn address(&self, target: &str) -> IpAddr {
         let topology = self.scene.lab.topology();
         let node = topology.nodes.iter().find(|node| node.name == target);
-        match (target, node) {
+        self.own_family(match (target, node) {
             ("out", _) => OUTSIDE,
             (_, Some(node)) => node.address,
             _ => self.scene.ip(target),
-        }
+        })
+    }
+
+    /// Where a node-local DNS server listens.
+    pub fn node_dns(&self) -> IpAddr {
+        self.own_family(LINK_LOCAL)
     }
 
     /// Where a client connects to.
     pub fn destination(&self, from: &str, to: To) -> SocketAddr {
         let topology = self.scene.lab.topology();
         let node = |index: u8| topology.node(index).unwrap();
-        match to {
-            To::Application(target) => (self.address(target), APPLICATION_PORT).into(),
+        let (address, port) = match to {
+            To::Application(target) => return (self.address(target), APPLICATION_PORT).into(),
             To::Service(name) => {
                 let service = SERVICES.iter().find(|service| service.0 == name);
-                (service.unwrap().1, SERVICE_PORT).into()
+                (service.unwrap().1, SERVICE_PORT)
             }
-            To::NodePort(index, port) if from == "out" => {
-                (node(index).outside_address, port).into()
-            }
-            To::NodePort(index, port) => (node(index).address, port).into(),
-            To::OnNode(which) => {
-                let address = match which {
-                    "gateway" => node(1).pod_gateway,
-                    "address" => node(1).address,
-                    "uplink" => node(1).outside_address,
-                    _ => LINK_LOCAL,
-                };
-                (address, APPLICATION_PORT).into()
-            }
-            To::OnOtherNode => (node(2).address, APPLICATION_PORT).into(),
-            To::Loopback => (Ipv4Addr::LOCALHOST, APPLICATION_PORT).into(),
-            To::Metrics(index) => (node(index).proxy_ip, METRICS_PORT).into(),
-        }
+            To::NodePort(index, port) if from == "out" => (node(index).outside_address, port),
+            To::NodePort(index, port) => (node(index).address, port),
+            To::OnNode("gateway") => (node(1).pod_gateway, APPLICATION_PORT),
+            To::OnNode("address") => (node(1).address, APPLICATION_PORT),
+            To::OnNode("uplink") => (node(1).outside_address, APPLICATION_PORT),
+            To::OnNode(_) => (LINK_LOCAL, APPLICATION_PORT),
+            To::OnOtherNode => (node(2).address, APPLICATION_PORT),
+            To::Loopback => (Ipv4Addr::LOCALHOST, APPLICATION_PORT),
+            // The proxy's pages are served by IPv4.
+            To::Metrics(index) => return (node(index).proxy_ip, METRICS_PORT).into(),
+        };
+        (self.own_family(address), port).into()
     }
 
     /// The address that a word for one stands for.
@@ -139,7 +159,7 @@ impl<'a> Ground<'a> {
             Seen::Loopback => Ipv4Addr::LOCALHOST,
             Seen::Unknown => return None,
         };
-        Some(address.into())
+        Some(self.own_family(address))
     }
 
     /// Makes a check from a box, in this thread.
@@ -240,10 +260,10 @@ impl<'a> Ground<'a> {
         }
     }
 
-    /// How many packets both nodes and their proxies could not send on because they were too large.
+    /// How many packets both nodes could not send on because they were too large.
     pub fn too_large(&self) -> u64 {
         ["node1", "node2"]
-            .map(|node| counter(&self.netns(node), "FragFails"))
+            .map(|node| too_large(&self.netns(node), self.v6))
             .iter()
             .sum()
     }
@@ -274,18 +294,27 @@ fn leg(line: &Value, client: Option<&str>) -> Leg {
     }
 }
 
-/// A counter of IP, from /proc/net/snmp: a line of names and one of numbers.
-fn counter(netns: &Netns, name: &str) -> u64 {
-    let text = netns.run(|| {
-        let mut text = String::new();
-        let mut file = std::fs::File::open("/proc/thread-self/net/snmp").unwrap();
-        file.read_to_string(&mut text).unwrap();
-        text
-    });
-    let text = text.unwrap();
+/// From /proc/net/snmp, a line of names and one of numbers, or snmp6, a name and a number in each line.
+fn too_large(netns: &Netns, v6: bool) -> u64 {
+    let file = if v6 { "snmp6" } else { "snmp" };
+    let text = netns.run(|| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")));
+    let text = text.unwrap().unwrap();
+    if v6 {
+        let line = text.lines().find(|line| line.starts_with("Ip6FragFails"));
+        return line
+            .unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap();
+    }
     let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
     let (names, numbers) = (lines.next().unwrap(), lines.next().unwrap());
-    let at = names.split(' ').position(|word| word == name).unwrap();
+    let at = names
+        .split(' ')
+        .position(|word| word == "FragFails")
+        .unwrap();
     numbers.split(' ').nth(at).unwrap().parse().unwrap()
 }
 
@@ -327,13 +356,16 @@ fn service_rules(scene: &Stage) -> String {
     rules
 }
 
-fn add_services(state: &mut LocalXds) {
+fn add_services(state: &mut LocalXds, v6: bool) {
     let pattern = state.services[0].clone();
     for (name, address, pod) in SERVICES {
         let mut service = pattern.clone();
         service.name = name.to_owned();
         service.hostname = format!("{name}.{}.svc.cluster.local", service.namespace);
         service.vips = vec![format!("/{address}")];
+        if v6 {
+            service.vips.push(format!("/{}", ipv6::twin(address)));
+        }
         let key = format!("{}/{}", service.namespace, service.hostname);
         let workload = state.workload_mut(pod).unwrap();
         workload.services.insert(key, pattern.ports.clone());

@@ -1,7 +1,7 @@
 //! What is not TCP: datagrams and pings.
 
 use std::io::{self, Read};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use host_net::netns::Netns;
@@ -32,7 +32,11 @@ pub fn datagrams(
     let exchange = || -> io::Result<()> {
         let server = bind(server, at)?;
         let at = SocketAddr::new(at.ip(), server.local_addr()?.port());
-        let client = bind(client, (Ipv4Addr::UNSPECIFIED, 0).into())?;
+        let any = match at.ip() {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let client = bind(client, (any, 0).into())?;
         client.connect(at)?;
         let mut buffer = vec![0; 65_536];
         for round in 0..3_u8 {
@@ -61,7 +65,7 @@ pub fn datagrams(
 ///
 /// # Errors
 /// When none comes.
-pub fn ping(client: &Netns, to: Ipv4Addr) -> Result<(), String> {
+pub fn ping(client: &Netns, to: IpAddr) -> Result<(), String> {
     let answered = client.run(|| echo(to));
     match answered.and_then(|answered| answered) {
         Ok(true) => Ok(()),
@@ -70,13 +74,24 @@ pub fn ping(client: &Netns, to: Ipv4Addr) -> Result<(), String> {
     }
 }
 
-fn echo(to: Ipv4Addr) -> io::Result<bool> {
+fn echo(to: IpAddr) -> io::Result<bool> {
     const ID: [u8; 2] = [0x4d, 0x58];
     // Type, code, checksum, identifier, number.
     let mut request = [8, 0, 0, 0, ID[0], ID[1], 0, 0];
-    let sum = !(0x0800 + u16::from_be_bytes(ID));
-    request[2..4].copy_from_slice(&sum.to_be_bytes());
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
+    // A raw IPv4 socket gets the header of IP, too: 20 bytes.
+    let (domain, protocol, answer, header) = match to {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 0, 20),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 129, 0),
+    };
+    match to {
+        IpAddr::V4(_) => {
+            let sum = !(0x0800 + u16::from_be_bytes(ID));
+            request[2..4].copy_from_slice(&sum.to_be_bytes());
+        }
+        // The kernel fills in the checksum of ICMPv6.
+        IpAddr::V6(_) => request[0] = 128,
+    }
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
     socket.set_read_timeout(Some(Duration::from_millis(200)))?;
     socket.connect(&SocketAddr::from((to, 0)).into())?;
     let deadline = Instant::now() + ANSWERED_WITHIN;
@@ -88,8 +103,8 @@ fn echo(to: Ipv4Addr) -> io::Result<bool> {
             let Ok(size) = (&socket).read(&mut packet) else {
                 continue;
             };
-            // After a header of 20 bytes.
-            if size >= 28 && packet[20] == 0 && packet[24..26] == ID {
+            let message = &packet[header..size.max(header)];
+            if message.len() >= 8 && message[0] == answer && message[4..6] == ID {
                 return Ok(true);
             }
         }

@@ -23,7 +23,6 @@ pub struct Table {
 struct Tried {
     #[serde(flatten)]
     named: Named,
-    family: &'static str,
     flows: Vec<Cell>,
     /// Why nothing was tried.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,7 +34,6 @@ impl Table {
     pub fn of(tried: &[(Column, Vec<Cell>)]) -> Self {
         let column = |column: &Column, flows: Vec<Cell>, refused| Tried {
             named: column.named(),
-            family: "IPv4",
             flows,
             refused,
         };
@@ -44,7 +42,10 @@ impl Table {
             .map(|(tried, cells)| column(tried, cells.clone(), None))
             .collect();
         for refused in Column::all() {
-            if matches!(refused.captured, Captured::Node(_)) && refused.cni == Cni::Bridge {
+            if matches!(refused.captured, Captured::Node(_))
+                && refused.cni == Cni::Bridge
+                && !refused.v6
+            {
                 columns.push(column(&refused, Vec::new(), Some(BRIDGE)));
             }
         }
@@ -87,7 +88,12 @@ impl Table {
             .collect();
         text.push_str("| flow |");
         for column in &tried {
-            let _ = write!(text, " {}, {} |", column.named.capture, column.named.cni);
+            let Named {
+                capture,
+                cni,
+                family,
+            } = &column.named;
+            let _ = write!(text, " {capture}, {cni}, {family} |");
         }
         let _ = writeln!(text, "\n|---|{}", "---|".repeat(tried.len()));
         for (at, row) in ROWS.iter().enumerate() {
@@ -99,7 +105,7 @@ impl Table {
         }
         text.push('\n');
         for column in self.columns.iter().filter(|c| c.refused.is_some()) {
-            let Named { capture, cni } = &column.named;
+            let Named { capture, cni, .. } = &column.named;
             let _ = writeln!(
                 text,
                 "* **{capture}, {cni}**: {}.",

@@ -6,7 +6,7 @@ use lab::traffic::Check;
 use serde::Serialize;
 
 use super::column::Column;
-use super::ground::{Ground, IMPATIENCE, LINK_LOCAL, PATIENCE, lab};
+use super::ground::{Ground, IMPATIENCE, PATIENCE, lab};
 use super::packets::{datagrams, ping};
 use super::rows::{Act, Outcome, Path, ROWS, Row, Seen, To, Wire};
 use crate::harness::wire::Tap;
@@ -50,9 +50,10 @@ impl Cell {
         let named = column.named();
         (!self.wrong.is_empty()).then(|| {
             format!(
-                "{}, {}: {}: {}",
+                "{}, {}, {}: {}: {}",
                 named.capture,
                 named.cni,
+                named.family,
                 self.flow,
                 self.wrong.join("; ")
             )
@@ -63,7 +64,7 @@ impl Cell {
 /// All flows in one capture.
 pub fn try_all(column: &Column) -> Vec<Cell> {
     let scene = lab(column);
-    let ground = Ground::prepare(&scene);
+    let ground = Ground::prepare(&scene, column.v6);
     let mut taps = Some([
         scene.tap("node1", "eth0", ""),
         scene.tap("node1", &scene.pod("pod1-1").veth, ""),
@@ -154,13 +155,13 @@ fn works(
         Act::Udp(from, to, size) => {
             let at = SocketAddr::from((ground.address(to), 0));
             // A node has several addresses, of which it takes the one on the way.
-            let client = (!from.starts_with("node")).then(|| ground.address(from).into());
+            let client = (!from.starts_with("node")).then(|| ground.address(from));
             datagrams(&ground.netns(from), &ground.netns(to), at, client, size)?;
             proven(ground, marks, path, 1, from, cell)
         }
         Act::NodeDns(from) => {
-            let at = SocketAddr::from((LINK_LOCAL, 53));
-            let client = Some(ground.address(from).into());
+            let at = SocketAddr::from((ground.node_dns(), 53));
+            let client = Some(ground.address(from));
             datagrams(&ground.netns(from), &ground.netns("node1"), at, client, 60)?;
             proven(ground, marks, path, 1, from, cell)
         }
@@ -246,13 +247,19 @@ fn proven(
 
 /// Holds what was readable on the link between the nodes, and between the first pod and its node, against what should be.
 fn look_for_markers(column: &Column, cells: &mut [Cell], taps: [Tap; 2]) {
-    let [uplink, veth] = taps.map(Tap::finish);
+    // Of both families: a marker is in one packet, whole.
+    let read = |tap: Tap| std::fs::read(tap.finish().file).unwrap();
+    let [uplink, veth] = taps.map(read);
+    let shows = |bytes: &[u8], marker: &str| {
+        let mut windows = bytes.windows(marker.len());
+        windows.any(|window| window == marker.as_bytes())
+    };
     for (cell, row) in cells.iter_mut().zip(ROWS) {
         let (Some(marker), Outcome::Works(_, path, wire)) = (&cell.marker, row.outcome(column))
         else {
             continue;
         };
-        if uplink.shows(marker) != (wire == Wire::Clear) {
+        if shows(&uplink, marker) != (wire == Wire::Clear) {
             let wrong = format!("on the link between the nodes it is not as it should be: {wire}");
             cell.wrong.push(wrong);
         }
@@ -266,7 +273,7 @@ fn look_for_markers(column: &Column, cells: &mut [Cell], taps: [Tap; 2]) {
         let in_tls = !column.is_node() && path == Path::Mesh;
         let node_port = matches!(to, To::NodePort(_, port) if [30021, 30023].contains(&port));
         let readable = (ends || node_port) && leaves && !in_tls;
-        if veth.shows(marker) != readable {
+        if shows(&veth, marker) != readable {
             let wrong = format!("between pod1-1 and its node: readable should be {readable}");
             cell.wrong.push(wrong);
         }
