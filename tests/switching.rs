@@ -35,7 +35,7 @@ fn open_both_ways(scene: &Scene) -> Vec<Talk> {
     let mut talks = Vec::new();
     for number in 0..EACH * PEERS.len() {
         let peer = PEERS[number % PEERS.len()];
-        let idle = number / PEERS.len() % 2 == 0;
+        let idle = (number / PEERS.len()).is_multiple_of(2);
         talks.push(Talk::open(scene, SUBJECT, at(scene, peer), idle));
         talks.push(Talk::open(scene, peer, at(scene, SUBJECT), idle));
     }
