@@ -99,7 +99,7 @@ impl Library {
     }
 }
 
-fn member(set: &str, ip: Ipv4Addr, comment: Option<&str>) -> Member {
+fn member(set: &str, ip: impl Into<IpAddr>, comment: Option<&str>) -> Member {
     Member {
         set: set.to_owned(),
         ip: ip.into(),
