@@ -7,8 +7,21 @@ use anyhow::{Context, Result};
 
 use crate::explain::story::Stage;
 
-/// Packets by place, table, chain and position of the rule.
-pub(super) type Counters = BTreeMap<(usize, String, String, usize), u64>;
+/// Where a rule is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RulePlace {
+    /// Index of the namespace.
+    pub(super) place: usize,
+    /// Whether it is one of ip6tables: both families have chains of one name.
+    pub(super) ipv6: bool,
+    pub(super) table: String,
+    pub(super) chain: String,
+    /// From 1.
+    pub(super) position: usize,
+}
+
+/// Packets that each rule met.
+pub(super) type Counters = BTreeMap<RulePlace, u64>;
 
 /// Reads the counters of all rules of all places. Only tools of the variants that are in use are asked: the others would make
 /// tables.
@@ -35,7 +48,7 @@ pub(super) fn read(stage: &Stage) -> Result<Counters> {
             let output = output.with_context(|| format!("cannot run {save}"))?;
             counted(
                 &String::from_utf8_lossy(&output.stdout),
-                place,
+                (place, tool.starts_with("ip6")),
                 &mut counters,
             );
         }
@@ -44,7 +57,7 @@ pub(super) fn read(stage: &Stage) -> Result<Counters> {
 }
 
 /// `[packets:bytes] -A CHAIN RULE` lines of a save.
-fn counted(save: &str, place: usize, into: &mut Counters) {
+fn counted(save: &str, (place, ipv6): (usize, bool), into: &mut Counters) {
     let mut table = "";
     let mut positions: BTreeMap<&str, usize> = BTreeMap::new();
     for line in save.lines() {
@@ -60,10 +73,14 @@ fn counted(save: &str, place: usize, into: &mut Counters) {
         let position = positions.entry(chain).or_default();
         *position += 1;
         let packets = counts.split(':').next().and_then(|it| it.parse().ok());
-        into.insert(
-            (place, table.to_owned(), chain.to_owned(), *position),
-            packets.unwrap_or(0),
-        );
+        let at = RulePlace {
+            place,
+            ipv6,
+            table: table.to_owned(),
+            chain: chain.to_owned(),
+            position: *position,
+        };
+        into.insert(at, packets.unwrap_or(0));
     }
 }
 
@@ -87,13 +104,22 @@ mod tests {
         let save = "*mangle\n:PREROUTING ACCEPT [9:9]\n[3:180] -A PREROUTING -j own\n[1:60] -A own -j RETURN\n\
             [2:120] -A PREROUTING -j ACCEPT\nCOMMIT\n*nat\n[7:1] -A PREROUTING -j ACCEPT\nCOMMIT\n";
         let mut before = Counters::new();
-        counted(save, 4, &mut before);
+        counted(save, (4, false), &mut before);
+        counted(save, (4, true), &mut before);
         let mut after = before.clone();
-        counted(&save.replace("[2:120]", "[12:120]"), 4, &mut after);
+        counted(&save.replace("[2:120]", "[12:120]"), (4, false), &mut after);
         let grown = grown(&before, &after);
-        let of = |table: &str, chain: &str, position| {
-            grown[&(4, table.to_owned(), chain.to_owned(), position)]
+        let of_family = |ipv6, table: &str, chain: &str, position| {
+            grown[&RulePlace {
+                place: 4,
+                ipv6,
+                table: table.to_owned(),
+                chain: chain.to_owned(),
+                position,
+            }]
         };
+        assert_eq!(of_family(true, "mangle", "PREROUTING", 2), 0);
+        let of = |table: &str, chain: &str, position| of_family(false, table, chain, position);
         assert_eq!(of("mangle", "PREROUTING", 2), 10);
         assert_eq!(of("nat", "PREROUTING", 1), 0);
         assert_eq!(of("mangle", "own", 1), 0);

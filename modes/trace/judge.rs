@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::connection::{Ends, Observed};
-use super::counters::Counters;
+use super::counters::{Counters, RulePlace};
 use super::segments::Segment;
 use super::tracked::Tracked;
 use super::{HopSeen, Trace, WalkSeen};
@@ -95,8 +95,14 @@ fn hops_seen(walk: &Walk, judged: bool, zero: i64, evidence: &Evidence) -> Vec<H
         };
         let place = evidence.places.iter().position(|place| *place == hop.place);
         let counted = place.and_then(|place| {
-            let key = (place, rule.table.clone(), rule.chain.clone(), rule.position);
-            evidence.grown.get(&key).copied()
+            let at = RulePlace {
+                place,
+                ipv6: hop.packet.starts_with('['),
+                table: rule.table.clone(),
+                chain: rule.chain.clone(),
+                position: rule.position,
+            };
+            evidence.grown.get(&at).copied()
         });
         seen.counted = counted;
         // A rule that cannot be evaluated was predicted neither way.
