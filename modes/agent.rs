@@ -23,6 +23,7 @@ mod narrative;
 mod node;
 mod pages;
 mod plans;
+mod pod_file;
 mod pods;
 pub mod removal;
 mod restore;
@@ -85,6 +86,8 @@ pub struct AgentConfig {
     pub drain: Duration,
     /// Kubernetes as the one who knows the pods; none: the runtime is, and all that it adds are captured.
     pub kubernetes: Option<kubernetes::Settings>,
+    /// File that names running pods to capture.
+    pub pods_file: Option<PathBuf>,
 }
 
 /// A running agent.
@@ -188,6 +191,10 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let drain_task = tokio::spawn(async move { drainer.attend_drains().await });
     let settle_task = tokio::spawn(Arc::clone(&agent).attend_older_connections());
     let source_tasks = agent.kubernetes.as_ref().map(|source| source.start(&agent));
+    let named = agent.config.pods_file.clone().map(|path| {
+        let follower = Arc::clone(&agent);
+        tokio::spawn(async move { follower.follow_pod_file(path).await })
+    });
     let keep_task = tokio::spawn(Arc::clone(&agent).keep(agent.config.verify_every));
     tracing::info!(mode = %agent.config.mode, node_flow = %agent.config.variant.node_flow, "agent started");
     tokio::select! {
@@ -201,6 +208,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     drain_task.abort();
     settle_task.abort();
     keep_task.abort();
+    named.iter().for_each(|task| task.abort());
     log_task.abort();
     page_tasks.iter().for_each(|task| task.abort());
     source_tasks.iter().flatten().for_each(|task| task.abort());

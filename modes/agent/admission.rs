@@ -136,6 +136,7 @@ pub(super) async fn admit(
         settled: false,
         drains_until: None,
         leaving: None,
+        from_file: false,
     };
     refuse_second_attachment(agent, &pod)?;
     refuse_wrong_place(agent, &pod, &netns).await?;

@@ -88,6 +88,9 @@ pub struct Pod {
     /// got some by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leaving: Option<Leaving>,
+    /// Whether it is captured because a file names it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub from_file: bool,
 }
 
 /// A capture that takes nothing new of a pod.
@@ -315,6 +318,7 @@ mod tests {
             settled: false,
             drains_until: None,
             leaving: None,
+            from_file: false,
         }
     }
 

@@ -115,7 +115,11 @@ impl Agent {
     }
 
     /// Adds to an event what an operator need not say.
-    async fn complete(&self, event: &mut PodEvent, netns: &Netns) -> Result<(), EnrolError> {
+    pub(super) async fn complete(
+        &self,
+        event: &mut PodEvent,
+        netns: &Netns,
+    ) -> Result<(), EnrolError> {
         let known = self.pods.all().into_iter().find(|pod| {
             pod.name == event.pod_name
                 && pod.namespace == event.pod_namespace

@@ -93,6 +93,7 @@ pub(crate) fn run_agent(args: AgentArgs) -> Result<(), Failure> {
         metrics: args.metrics,
         verify_every: Some(args.verify_every).filter(|every| !every.is_zero()),
         drain: args.drain,
+        pods_file: args.pods.file(),
         kubernetes: args.pods.settings()?,
     };
     descriptors::make_room();

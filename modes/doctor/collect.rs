@@ -21,7 +21,7 @@ pub struct Sources {
     pub state_dir: PathBuf,
     /// Network configurations of the container runtime.
     pub cni_conf_dir: PathBuf,
-    /// See [`Facts::overlay_port`].
+    /// UDP port of the node capture's tunnels.
     pub overlay_port: Option<u16>,
 }
 

@@ -25,6 +25,9 @@ pub struct PodSourceArgs {
     /// Who says which pods are captured
     #[arg(long, env = "AMBIDEX_SOURCE", value_enum, default_value_t = PodSource::Cni)]
     source: PodSource,
+    /// File that names running pods to capture (YAML, read again when it changes), beside those that the source names
+    #[arg(long, env = "AMBIDEX_PODS_FILE", value_name = "PATH")]
+    pods_file: Option<PathBuf>,
     /// Name of this node in Kubernetes
     #[arg(long, env = "NODE_NAME", default_value = "")]
     node_name: String,
@@ -57,6 +60,12 @@ pub struct PodSourceArgs {
 }
 
 impl PodSourceArgs {
+    /// The file that names pods, if there is one.
+    pub fn file(&self) -> Option<PathBuf> {
+        let path = self.pods_file.clone()?;
+        (!path.as_os_str().is_empty()).then_some(path)
+    }
+
     /// What the Kubernetes source is started with, if it is the one.
     ///
     /// # Errors

@@ -169,6 +169,7 @@ mod tests {
             settled: false,
             drains_until: None,
             leaving: None,
+            from_file: false,
         };
         let mut namespaces = Namespaces::default();
         assert_eq!(namespaces.of(&pod).unwrap().id(), netns.id());
