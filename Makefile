@@ -66,13 +66,11 @@ flows: deps
 
 # Live listings beside those of the articles (docs/decisions/0011-listings.md).
 golden: deps
-	$(CARGO) build --workspace --bins
-	$(CARGO) test --test golden
+	$(CARGO) test --workspace --features kubernetes --test golden
 
 # What is generated in docs/modes.md: listings and what one connection met, from labs on this machine.
 modes-doc: deps
-	$(CARGO) build --workspace --bins
-	WRITE_MODES=1 $(CARGO) test --test modes_doc the_document
+	WRITE_MODES=1 $(CARGO) test --workspace --features kubernetes --test modes_doc the_document
 
 check: deps
 	$(CARGO) fmt --all --check

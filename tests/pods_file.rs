@@ -67,8 +67,7 @@ fn a_pod_is_what_the_file_says() {
     fs::write(&file, "pods: []\n").unwrap();
     let mut spec = spec(Mode::Mixed);
     let path = file.display().to_string();
-    spec.daemon_env
-        .insert("AMBIDEX_PODS_FILE".to_owned(), path);
+    spec.daemon_env.insert("AMBIDEX_PODS_FILE".to_owned(), path);
     let scene = own(&spec);
     let lab = &scene.lab;
     // It has the same file, and sees the pod's namespace, but the pod is not its own.

@@ -9,7 +9,9 @@ use rcgen::{
     CertificateRevocationListParams, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber,
 };
 use shared_proxy::capture::{HBONE_PORT, Role};
+use shared_proxy::core::CoreConfig;
 use shared_proxy::identity::{Revocations, TlsOptions, WorkloadCertificate};
+use shared_proxy::pool::PoolConfig;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -83,7 +85,13 @@ async fn a_tunnel_in_a_tunnel_ends_with_either_peer(
         revocations: Some(Arc::clone(&revocations)),
         key_log: None,
     };
-    let (one, _) = mesh.node_under(quick(), options);
+    // Tunnels that have ended are looked for four times in this time.
+    let pool = PoolConfig {
+        idle_release: Duration::from_secs(20),
+        ..PoolConfig::default()
+    };
+    let config = CoreConfig { pool, ..quick() };
+    let (one, _) = mesh.node_under(config, options);
     let scope = mesh.clients();
     let dst = "10.96.0.1:80".parse().unwrap();
     let door = scope.forward(mesh.ip(CLIENT), Role::Outbound, dst);
