@@ -18,8 +18,8 @@ mod trial;
 
 use std::path::Path;
 
-use column::Column;
-use lab::topology::Cni;
+use column::{Captured, Column};
+use lab::topology::{Cni, InpodRules};
 use table::Table;
 use trial::try_all;
 
@@ -38,8 +38,12 @@ fn columns() -> Vec<Column> {
             (column.cni == Cni::Routed && !column.v6) || first
         });
     }
-    // IPv6 of pods that are captured in their namespace is dropped there, whole.
-    columns.retain(|column| column.is_node() || !column.v6);
+    // Dual-stack bridges are not laid; the other styles of rules in pods drop IPv6, whole.
+    columns.retain(|column| {
+        let captures_v6 =
+            column.is_node() || column.captured == Captured::Inpod(InpodRules::Redirect);
+        !column.v6 || captures_v6 && column.cni == Cni::Routed
+    });
     // Refused before any flow could be tried.
     columns.retain(|column| !(column.is_node() && column.cni == Cni::Bridge));
     columns

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use host_net::netns::Netns;
+use inpod_redirect::facts::{PROBE_ADDRESS, PROBE_ADDRESS6};
 use lab::standing::Daemon;
 use lab::topology::workloads::LocalXds;
 use lab::topology::{APPLICATION_PORT, OUTSIDE, SERVICE_PORT, ipv6};
@@ -26,8 +27,6 @@ const SERVICES: [(&str, Ipv4Addr, &str); 3] = [
 ];
 /// Where a node-local DNS server listens.
 const LINK_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
-/// What the kubelet's probes look like to a pod that is captured in its namespace.
-const PROBE: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The proxy's metrics page.
 const METRICS_PORT: u16 = 15020;
 /// How long a check may take that has to work.
@@ -154,7 +153,8 @@ impl<'a> Ground<'a> {
             Seen::Node(index) => node(index).address,
             Seen::Uplink(index) => node(index).outside_address,
             Seen::Outside => node(1).outside_gateway,
-            Seen::Probe => PROBE,
+            Seen::Probe if self.v6 => return Some(PROBE_ADDRESS6.into()),
+            Seen::Probe => PROBE_ADDRESS,
             Seen::Proxy(index) => node(index).proxy_ip,
             Seen::Loopback => Ipv4Addr::LOCALHOST,
             Seen::Unknown => return None,

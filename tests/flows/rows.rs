@@ -102,7 +102,7 @@ impl fmt::Display for Seen {
             Seen::Node(node) => write!(f, "node{node}"),
             Seen::Uplink(node) => write!(f, "node{node}'s uplink"),
             Seen::Outside => f.write_str("outside host"),
-            Seen::Probe => f.write_str("169.254.7.127"),
+            Seen::Probe => f.write_str("the probes' address"),
             Seen::Proxy(node) => write!(f, "proxy{node}"),
             Seen::Loopback => f.write_str("127.0.0.1"),
             Seen::Unknown => f.write_str("-"),
