@@ -8,9 +8,9 @@ use super::output::print;
 use super::{Failure, block_on};
 use crate::explain::{self, Asked, render};
 
-/// How it is printed.
+/// How a way is printed, predicted or observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
+pub(super) enum Form {
     /// One line a hop, without rules that change nothing
     Table,
     /// Every rule that is met

@@ -5,25 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
 
+use super::explain::Form;
 use super::output::print;
 use super::{Failure, block_on};
 use crate::explain::Asked;
 use crate::trace::{self, Trace, Wanted, render};
-
-/// How it is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
-    /// One line a hop, without rules that change nothing
-    Table,
-    /// Every rule that is met
-    Wide,
-    /// JSON
-    Json,
-    /// A sequence diagram for Mermaid
-    Mermaid,
-}
 
 #[derive(Debug, Args)]
 pub(crate) struct TraceArgs {
