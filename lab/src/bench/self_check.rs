@@ -1,8 +1,10 @@
 //! Whether the benchmark can be believed: a variant against itself must show no difference, and one that is delayed on
 //! purpose must.
 //!
-//! Two labs of the same variant are measured in turns, as a benchmark does it. For each case the main result, the machine's
-//! CPU time per unit of work and the median latency are compared by [`sign_flip`], over all of them together by [`holm`]: if
+//! Two labs of the same variant are measured in turns, as a benchmark does it, and each round has two of its own: processes
+//! of one and the same program differ for as long as they live, by where they lie in memory and on which processors they
+//! have settled, which would be found and is no difference of variants. For each case the main result, the machine's CPU
+//! time per unit of work and the median latency are compared by [`sign_flip`], over all of them together by [`holm`]: if
 //! both are the same, a difference is found in at most 5 of 100 runs of the whole check. The injected delay is a
 //! [`DelayLine`](super::delay::DelayLine) before the application of both labs, which is ordered to delay in the second only.
 
@@ -179,13 +181,19 @@ pub fn run(spec: &BenchSpec, delay: Option<Duration>, progress: Progress<'_>) ->
         let line = delay.map(|delay| if index == 0 { Duration::ZERO } else { delay });
         Stage::behind(variant, spec, line)
     };
-    let mut setting = Report::new(&twice, Environment::of_this_machine());
-    let stages = set_up(&twice, &mut setting, progress, &build)?;
-    let samples = measure(spec, &stages, progress)?;
-    drop(stages);
+    let mut samples = [Vec::new(), Vec::new()];
+    let mut pace = Pace::default();
+    let mut environment = None;
+    for round in 0..spec.rounds {
+        let mut setting = Report::new(&twice, Environment::of_this_machine());
+        let stages = set_up(&twice, &mut setting, progress, &build)?;
+        measure(spec, &stages, round, &mut samples, &mut pace, progress)?;
+        environment.get_or_insert(setting.environment);
+    }
+    let environment = environment.context("no round was measured")?;
     let check = SelfCheck {
         build: spec.build.clone(),
-        environment: setting.environment,
+        environment,
         variant: variant.clone(),
         injected_us: delay.map(|delay| delay.as_micros()),
         rounds: spec.rounds,
@@ -200,34 +208,37 @@ pub fn run(spec: &BenchSpec, delay: Option<Duration>, progress: Progress<'_>) ->
     Ok(check)
 }
 
-fn measure(spec: &BenchSpec, stages: &[Stage], progress: Progress<'_>) -> Result<[Vec<Sample>; 2]> {
-    let mut samples = [Vec::new(), Vec::new()];
-    let mut pace = Pace::default();
-    for round in 0..spec.rounds {
-        for (index, &case) in spec.cases.iter().enumerate() {
-            let begun = Instant::now();
-            for turn in turns(round, stages.len()) {
-                interrupt::check()?;
-                let sample = stages[turn].sample(case, spec.seconds, round);
-                samples[turn]
-                    .push(sample.with_context(|| format!("round {} of {case}", round + 1))?);
-            }
-            pace.took(case, begun.elapsed());
-            let later = (round + 1..spec.rounds).flat_map(|_| spec.cases.iter().copied());
-            let left = pace.left(spec.cases[index + 1..].iter().copied().chain(later));
-            let value = |of: &[Sample]| of.last().map_or(String::new(), |s| case.show(s.value));
-            progress(&format!(
-                "round {}/{} {case}: {} and {} {}; {} to go",
-                round + 1,
-                spec.rounds,
-                value(&samples[0]),
-                value(&samples[1]),
-                case.unit(),
-                pace::show(left.unwrap_or_default())
-            ));
+/// Measures one round.
+fn measure(
+    spec: &BenchSpec,
+    stages: &[Stage],
+    round: usize,
+    samples: &mut [Vec<Sample>; 2],
+    pace: &mut Pace,
+    progress: Progress<'_>,
+) -> Result<()> {
+    for (index, &case) in spec.cases.iter().enumerate() {
+        let begun = Instant::now();
+        for turn in turns(round, stages.len()) {
+            interrupt::check()?;
+            let sample = stages[turn].sample(case, spec.seconds, round);
+            samples[turn].push(sample.with_context(|| format!("round {} of {case}", round + 1))?);
         }
+        pace.took(case, begun.elapsed());
+        let later = (round + 1..spec.rounds).flat_map(|_| spec.cases.iter().copied());
+        let left = pace.left(spec.cases[index + 1..].iter().copied().chain(later));
+        let value = |of: &[Sample]| of.last().map_or(String::new(), |s| case.show(s.value));
+        progress(&format!(
+            "round {}/{} {case}: {} and {} {}; {} to go",
+            round + 1,
+            spec.rounds,
+            value(&samples[0]),
+            value(&samples[1]),
+            case.unit(),
+            pace::show(left.unwrap_or_default())
+        ));
     }
-    Ok(samples)
+    Ok(())
 }
 
 /// Compares the samples of two labs, the second with the first.
