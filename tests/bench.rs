@@ -62,7 +62,7 @@ fn a_run_has_every_sample_its_conditions_and_its_proofs() {
         String::from_utf8(stderr).unwrap(),
     );
     assert!(status.success(), "{stdout}{stderr}");
-    assert_eq!(labs(&stderr).len(), 2, "{stderr}");
+    assert_eq!(labs(&stderr).len(), 2 * 2, "{stderr}");
     assert_gone(&labs(&stderr));
 
     let results = results(&out);
@@ -324,7 +324,7 @@ fn an_interrupted_run_leaves_nothing_but_what_it_measured() {
         assert_eq!(status.code(), Some(130), "{said}");
         assert!(sent.elapsed() < Duration::from_secs(10), "{said}");
         assert!(said.contains("interrupted"), "{said}");
-        assert_eq!(labs(&said).len(), 1, "{said}");
+        assert!((2..=3).contains(&labs(&said).len()), "{said}");
         assert_gone(&labs(&said));
         let results = results(out.path());
         assert_eq!(results["ended"], "interrupted");

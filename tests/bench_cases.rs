@@ -314,17 +314,17 @@ fn a_proxy_that_ends_while_it_is_measured_is_named() {
     run.args(["bench", "--variants", "none", "--proxy", &proxy]);
     run.args([
         "--cases",
-        "cross-node/rr1",
+        "cross-node/rr1,cross-node/rr64",
         "--rounds",
-        "60",
-        "--seconds",
         "1",
+        "--seconds",
+        "5",
         "--out",
     ]);
     run.arg(out.path()).stdin(Stdio::null());
     let mut run = Run::start(run);
     let lab = run.lab_of("other");
-    run.read_to("round 1/60");
+    run.read_to("round 1/1 cross-node/rr1");
     let proxy = Lab::open(&lab).unwrap().process(2, Daemon::Proxy);
     let pid = Pid::from_raw(proxy.unwrap().pid);
     kill(pid, Signal::SIGKILL).unwrap();
@@ -332,7 +332,7 @@ fn a_proxy_that_ends_while_it_is_measured_is_named() {
     let said = &run.said;
     assert_eq!(code, Some(1), "{said}");
     assert!(
-        said.contains("of other cross-node/rr1: proxy2 has ended"),
+        said.contains("of other cross-node/rr64: proxy2 has ended"),
         "{said}"
     );
     assert!(said.contains("--- end of "), "its log: {said}");

@@ -71,7 +71,7 @@ pub fn run(spec: &BenchSpec, progress: Progress<'_>) -> Result<Report> {
     report.store(&spec.out)?;
     let build = |_: usize, variant: &Variant| Stage::new(variant, spec);
     let outcome = set_up(spec, &mut report, progress, &build)
-        .and_then(|stages| measure(spec, &stages, &mut report, started, progress));
+        .and_then(|stages| measure(spec, stages, &build, &mut report, started, progress));
     // A tool that was interrupted together with this process may have failed before the signal was noted here.
     let outcome = match interrupt::check() {
         Err(interrupted) => Err(interrupted.into()),
@@ -98,12 +98,15 @@ pub fn verdict(report: &Report) -> Ended {
     }
 }
 
+/// Builds the lab of a variant, which is the one with this index.
+pub(super) type Build<'a> = &'a (dyn Fn(usize, &Variant) -> Result<Stage> + Sync);
+
 /// Builds all labs at once, proves the path in each and warms it up.
 pub(super) fn set_up(
     spec: &BenchSpec,
     report: &mut Report,
     progress: Progress<'_>,
-    build: &(dyn Fn(usize, &Variant) -> Result<Stage> + Sync),
+    build: Build<'_>,
 ) -> Result<Vec<Stage>> {
     let paths: Vec<Path> = [Path::CrossNode, Path::SameNode]
         .into_iter()
@@ -217,9 +220,12 @@ pub(super) fn turns(round: usize, variants: usize) -> impl Iterator<Item = usize
     (0..variants).map(move |turn| (turn + round) % variants)
 }
 
+/// Each round has labs of its own: processes of one and the same program differ for as long as they live, and what they
+/// differ by would pass for a difference of variants.
 fn measure(
     spec: &BenchSpec,
-    stages: &[Stage],
+    mut stages: Vec<Stage>,
+    build: Build<'_>,
     report: &mut Report,
     started: Instant,
     progress: Progress<'_>,
@@ -247,7 +253,13 @@ fn measure(
             Duration::try_from_secs_f64(taken).unwrap_or_default(),
         );
     }
+    let mut of_round = steps.first().map(|(round, _)| *round);
     for (index, &(round, case)) in steps.iter().enumerate() {
+        if of_round.replace(round) != Some(round) {
+            stages.clear();
+            let mut proven = Report::new(spec, report.environment.clone());
+            stages = set_up(spec, &mut proven, progress, build)?;
+        }
         let begun = Instant::now();
         let mut line = Vec::new();
         for turn in turns(round, stages.len()) {
