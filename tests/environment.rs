@@ -93,6 +93,14 @@ fn rows() -> Vec<Row> {
             Some("yes!"),
         ),
         (
+            "UNSTABLE_ENABLE_SOCKS5",
+            "--socks5",
+            "true",
+            "/socks5",
+            json!(true),
+            Some("on"),
+        ),
+        (
             "POOL_MAX_STREAMS_PER_CONNECTION",
             "--pool-max-streams",
             "7",

@@ -232,6 +232,75 @@ fn curl_fetches_a_page_through_the_tunnel(
     assert_eq!(refused["page"], "");
 }
 
+/// A pod's program that is told to use the proxy at 127.0.0.1:15080, with an address and with a name of the mesh: its
+/// connection is the pod's own, and nothing of it is in the clear between the nodes.
+#[test]
+fn curl_asks_by_socks5() {
+    let mut spec = Inpod.spec();
+    let socks5 = ("UNSTABLE_ENABLE_SOCKS5".to_owned(), "true".to_owned());
+    spec.proxy_env.extend([socks5]);
+    let scene = own(&spec);
+    let page = "asked for by SOCKS";
+    let application = Application::start(&scene, "pod2-1", page);
+    let port = application.port;
+    let _state = scene.with_state(|state| {
+        state.services[0].ports.insert(port, port);
+        for (_, ports) in &mut state.workload_mut("pod2-1").unwrap().services {
+            ports.insert(port, port);
+        }
+        // The one endpoint with the application.
+        state.workload_mut("pod1-2").unwrap().services.clear();
+    });
+    let tap = scene.tap("node1", "eth0", &format!("port 15008 or port {port}"));
+    let mark = scene.mark(1);
+    let client = scene.ip("pod1-1").to_string();
+    let curl = |how: &str, host: &str| {
+        let url = format!("http://{host}:{port}/page");
+        let argv = [
+            "curl",
+            "-sS",
+            "--max-time",
+            "60",
+            how,
+            "127.0.0.1:15080",
+            &url,
+        ];
+        scene.lab.run("pod1-1", &argv, JUDGED_WITHIN).unwrap()
+    };
+    for (how, host) in [
+        ("--socks5", scene.ip("pod2-1").to_string()),
+        ("--socks5-hostname", "echo.beta".to_owned()),
+        (
+            "--socks5-hostname",
+            "ECHO.beta.svc.cluster.local.".to_owned(),
+        ),
+    ] {
+        let done = curl(how, &host);
+        assert_eq!(done.stdout, page, "{how} {host}: {}", done.stderr);
+    }
+    let wire = tap.finish();
+    wire.assert_encrypted(&[page, "GET /page"]);
+    for service in ["", "echo.beta.svc.cluster.local"] {
+        let from = format!("~{client}:");
+        let mut wanted = vec![("src.addr", from.as_str()), ("direction", "outbound")];
+        wanted.extend((!service.is_empty()).then_some(("dst.service", service)));
+        let line = scene.access_line(mark, &wanted);
+        assert_eq!(
+            line["dst.hbone_addr"].as_str().unwrap(),
+            format!("{}:{port}", scene.ip("pod2-1"))
+        );
+    }
+    // An answer of the protocol, as curl prints it, and not a connection that ends.
+    for (host, answer) in [
+        ("no-such-name.invalid", "(4)"),
+        ("under_score..dots", "(1)"),
+    ] {
+        let done = curl("--socks5-hostname", host);
+        assert_ne!(done.code, 0, "{host}: {}", done.stdout);
+        assert!(done.stderr.contains(answer), "{host}: {}", done.stderr);
+    }
+}
+
 /// Where `tests/judges/fetch` puts what Debian does not install.
 fn judge(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))

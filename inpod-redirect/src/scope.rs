@@ -10,7 +10,7 @@ use std::sync::{Arc, LazyLock};
 use host_net::netns::Netns;
 use shared_proxy::capture::{
     ClientAddr, DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, Listener, LocalWorkload,
-    OUTBOUND_PORT, OnBehalfOf, OrigDstAddr, Refusal, Role, Scope, ScopeId,
+    OUTBOUND_PORT, OnBehalfOf, OrigDstAddr, Refusal, Role, SOCKS5_PORT, Scope, ScopeId,
 };
 use shared_proxy::ports::{self, SourcePorts};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -79,10 +79,10 @@ impl InpodScope {
     }
 
     /// What is listened at: every address, in both families. Local queries are redirected to the loopback address, and
-    /// answered from it; nobody else is to ask there.
+    /// answered from it; nobody but the pod is to ask there, nor by SOCKS5.
     fn places(role: Role, port: u16) -> [SocketAddr; 2] {
         match role {
-            Role::Dns => [
+            Role::Dns | Role::Socks5 => [
                 (Ipv4Addr::LOCALHOST, port).into(),
                 (Ipv6Addr::LOCALHOST, port).into(),
             ],
@@ -159,7 +159,7 @@ impl Scope for InpodScope {
             Role::Outbound => client.0.ip(),
             Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
             // Bound to loopback: whoever reaches it is in the pod, whatever address it asks from.
-            Role::Dns => return Ok(self.workload.clone()),
+            Role::Dns | Role::Socks5 => return Ok(self.workload.clone()),
         };
         // Agents without our extension do not tell a pod's addresses.
         if self.workload.addresses.is_empty() || self.workload.addresses.contains(&address) {
@@ -178,6 +178,7 @@ impl Scope for InpodScope {
             Role::InboundPlaintext => INBOUND_PLAINTEXT_PORT,
             Role::InboundHbone => HBONE_PORT,
             Role::Dns => DNS_PORT,
+            Role::Socks5 => SOCKS5_PORT,
         };
         Self::both(Self::places(role, port), |address| {
             self.listener(role, address)

@@ -101,6 +101,9 @@ pub struct FieldArgs {
     /// Whether the proxy answers DNS queries on port 15053
     #[arg(long, env = "ISTIO_META_DNS_CAPTURE", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub dns_proxy: bool,
+    /// Whether pods that are captured in their namespace may ask for connections by SOCKS5 at 127.0.0.1:15080
+    #[arg(long, env = "UNSTABLE_ENABLE_SOCKS5", value_name = "BOOL", default_value_t = false, action = ArgAction::Set)]
+    pub socks5: bool,
     /// Namespace whose service a hostname means when several have it and the client's namespace does not
     // The spelling is the field's.
     #[arg(long, env = "PREFERED_SERVICE_NAMESPACE", value_name = "NAMESPACE")]
@@ -233,17 +236,23 @@ impl FieldArgs {
             localhost_app_tunnel: self.localhost_app_tunnel,
             policy_info_logging: self.policy_info_logging,
             dns: self.dns_proxy.then(|| Arc::new(self.dns())),
+            socks5: self.socks5.then(|| Arc::new(self.names())),
             ..core
         }
     }
 
-    fn dns(&self) -> DnsConfig {
-        let config = DnsConfig {
+    /// How names of the mesh are meant.
+    fn names(&self) -> DnsConfig {
+        DnsConfig {
             domain: self.cluster_domain.to_ascii_lowercase().into(),
             preferred_namespace: self.preferred_service_namespace.as_deref().map(Arc::from),
             ipv6: self.ipv6,
             ..DnsConfig::default()
-        };
+        }
+    }
+
+    fn dns(&self) -> DnsConfig {
+        let config = self.names();
         match ResolvConf::load(&self.resolv_conf) {
             Ok(resolvers) => config.with_resolvers(&resolvers),
             Err(error) => {
@@ -276,6 +285,7 @@ impl FieldArgs {
             "authzPolicyInfoLogging": core.policy_info_logging,
             "userTimeout": core.user_timeout.map(text),
             "halfOpenTimeout": core.half_open_timeout.map(text),
+            "socks5": core.socks5.is_some(),
             "dns": core.dns.as_ref().map(|dns| json!({
                 "clusterDomain": &*dns.domain,
                 "preferredServiceNamespace": dns.preferred_namespace.as_deref(),

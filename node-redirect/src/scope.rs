@@ -277,7 +277,7 @@ impl Scope for NodeScope {
         dst: OrigDstAddr,
     ) -> Result<LocalWorkload, Refusal> {
         let address = match role {
-            Role::Outbound | Role::Dns => client.0.ip(),
+            Role::Outbound | Role::Dns | Role::Socks5 => client.0.ip(),
             Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
         };
         self.pod_at(address).ok_or(Refusal::UnknownOwner(address))
@@ -300,6 +300,8 @@ impl Scope for NodeScope {
                 Ok(listeners)
             }
             Role::Dns => self.listeners(role, DNS_PORT, mark),
+            // Asked for at the pod's loopback address, where no socket of this namespace can be.
+            Role::Socks5 => Ok(Vec::new()),
         }
     }
 

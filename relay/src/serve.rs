@@ -155,7 +155,7 @@ impl Service {
                 self.dial(application, to_application).await
             }
             // Not among the roles that are listened for.
-            Role::Dns => Err(Refused::OwnPort(dst.0)),
+            Role::Dns | Role::Socks5 => Err(Refused::OwnPort(dst.0)),
         }
     }
 

@@ -46,6 +46,8 @@ pub enum Role {
     InboundHbone,
     /// DNS queries of a captured pod (15053).
     Dns,
+    /// SOCKS5 requests of a captured pod (15080).
+    Socks5,
 }
 
 /// Source address of a captured connection. A newtype, so that it cannot be swapped with the destination.

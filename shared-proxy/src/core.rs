@@ -160,8 +160,9 @@ impl Core {
         };
         let dns_config = self.shared.config.dns.clone();
         let dns_role = dns_config.is_some().then_some(Role::Dns);
+        let socks5_role = self.shared.config.socks5.as_ref().map(|_| Role::Socks5);
         let mut listeners = Vec::new();
-        for role in ROLES.into_iter().chain(dns_role) {
+        for role in ROLES.into_iter().chain(dns_role).chain(socks5_role) {
             let bound = scope.listen(role).and_then(|bound| {
                 for listener in &bound {
                     self.set_options(listener)?;

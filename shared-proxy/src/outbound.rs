@@ -24,7 +24,7 @@ use crate::inbound;
 use crate::pool::{Lease, PoolKey};
 use crate::relay::{self, End, Leg, Meter};
 use crate::state::Workload;
-use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, Step};
+use crate::telemetry::{ConnectionRecord, Direction, Endpoint, Opening, ResponseFlag, Step};
 use route::{Destination, Pick, Way};
 
 /// Who opened a connection.
@@ -70,19 +70,41 @@ pub(crate) async fn serve(attachment: Attachment, captured: Captured, signal: Si
         dst,
     } = captured;
     let leg = Leg::new(stream);
+    if let Ok(ready) = open(&attachment, client, dst, &signal).await {
+        ready.relay(leg, &signal).await;
+    }
+}
+
+/// A connection whose other side is there.
+pub(crate) struct Ready {
+    accounts: Accounts,
+    upstream: Upstream,
+}
+
+/// Makes the connection that a client asks for. An error has been told to telemetry.
+pub(crate) async fn open(
+    attachment: &Attachment,
+    client: ClientAddr,
+    dst: Result<OrigDstAddr, crate::capture::Refusal>,
+    signal: &Signal,
+) -> Result<Ready, ResponseFlag> {
     // Boxed, because it is much larger than what a standing connection needs.
-    let prepared = tokio::select! {
-        prepared = Box::pin(prepare(&attachment, client, dst, &signal)) => prepared,
-        () = signal.cut() => return,
-    };
-    let Some((accounts, upstream)) = prepared else {
-        return;
-    };
-    let result = tokio::select! {
-        result = relay(leg, upstream, &accounts) => result,
-        () = signal.cut() => Err(accounts.cut()),
-    };
-    accounts.finish(result);
+    tokio::select! {
+        prepared = Box::pin(prepare(attachment, client, dst, signal)) => prepared,
+        () = signal.cut() => Err(ResponseFlag::None),
+    }
+}
+
+impl Ready {
+    /// Relays to the end of the connection.
+    pub(crate) async fn relay(self, leg: Leg, signal: &Signal) {
+        let Self { accounts, upstream } = self;
+        let result = tokio::select! {
+            result = relay(leg, upstream, &accounts) => result,
+            () = signal.cut() => Err(accounts.cut()),
+        };
+        accounts.finish(result);
+    }
 }
 
 async fn relay(leg: Leg, upstream: Upstream, accounts: &Accounts) -> Result<(), Failure> {
@@ -103,13 +125,13 @@ async fn relay(leg: Leg, upstream: Upstream, accounts: &Accounts) -> Result<(), 
     Ok(())
 }
 
-/// Decides where the connection goes, opens its accounts and connects. `None` if it failed, and that has been said.
+/// Decides where the connection goes, opens its accounts and connects.
 async fn prepare(
     attachment: &Attachment,
     client: ClientAddr,
     dst: Result<OrigDstAddr, crate::capture::Refusal>,
     signal: &Signal,
-) -> Option<(Accounts, Upstream)> {
+) -> Result<Ready, ResponseFlag> {
     let telemetry = &attachment.core.telemetry;
     let known = dst.as_ref().ok().copied();
     let began = Instant::now();
@@ -123,9 +145,10 @@ async fn prepare(
     let (source, destination) = match decide(attachment, client, owned).await {
         Ok(decision) => decision,
         Err(failure) => {
+            let flag = failure.flag();
             let reason = failure.into();
             telemetry.refused(Direction::Outbound, capture_mode, client, known, &reason);
-            return None;
+            return Err(flag);
         }
     };
     attachment.took(Step::Decide, Direction::Outbound, began);
@@ -137,11 +160,12 @@ async fn prepare(
     match connect(attachment, &source, &destination, &mut accounts, signal).await {
         Ok(upstream) => {
             attachment.took(Step::Total, Direction::Outbound, began);
-            Some((accounts, upstream))
+            Ok(Ready { accounts, upstream })
         }
         Err(failure) => {
+            let flag = failure.flag();
             accounts.finish(Err(failure));
-            None
+            Err(flag)
         }
     }
 }

@@ -61,6 +61,7 @@ async fn listeners_are_in_the_pod_marked_and_shared_with_a_second_proxy() {
         Role::InboundPlaintext,
         Role::InboundHbone,
         Role::Dns,
+        Role::Socks5,
     ] {
         let listeners = first.listen(role).unwrap();
         let again = second.listen(role).unwrap();
@@ -80,7 +81,7 @@ async fn listeners_are_in_the_pod_marked_and_shared_with_a_second_proxy() {
             ports.push(listener.port());
         }
     }
-    let each = [15001, 15006, 15008, 15053];
+    let each = [15001, 15006, 15008, 15053, 15080];
     assert_eq!(
         ports,
         each.map(|port| [port; 2]).concat(),

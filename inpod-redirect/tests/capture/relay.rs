@@ -60,7 +60,7 @@ async fn serve(role: Role, captured: Captured, scope: &InpodScope, log: &Log) ->
         Role::Outbound => Way::Outbound,
         Role::InboundPlaintext => Way::Plaintext,
         Role::InboundHbone => Way::Hbone,
-        Role::Dns => return Ok(()),
+        Role::Dns | Role::Socks5 => return Ok(()),
     };
     log.lock().unwrap().push(Seen {
         scope: scope.workload().uid.to_string(),

@@ -85,6 +85,7 @@ async fn listeners_carry_the_mark_that_leads_answers_back(
         Role::InboundPlaintext,
         Role::InboundHbone,
         Role::Dns,
+        Role::Socks5,
     ] {
         listeners.extend(scope.listen(role).unwrap());
     }

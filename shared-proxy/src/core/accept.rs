@@ -77,6 +77,9 @@ fn serve(
                 tokio::spawn(crate::dns::serve::tcp(dns, captured, signal));
             }
         }
+        Role::Socks5 => {
+            tokio::spawn(crate::socks5::serve::serve(attachment, captured, signal));
+        }
     }
 }
 

@@ -82,6 +82,8 @@ pub struct CoreConfig {
     pub pool: PoolConfig,
     /// The DNS proxy; without one, no scope has its listeners.
     pub dns: Option<Arc<DnsConfig>>,
+    /// SOCKS5, with how the names in its requests are meant; without it, no scope has its listeners.
+    pub socks5: Option<Arc<DnsConfig>>,
 }
 
 impl CoreConfig {
@@ -123,6 +125,7 @@ impl Default for CoreConfig {
             hbone: HboneConfig::default(),
             pool: PoolConfig::default(),
             dns: None,
+            socks5: None,
         }
     }
 }

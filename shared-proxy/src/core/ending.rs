@@ -9,6 +9,7 @@ use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, TunnelError};
 use crate::identity::{CaError, Identity, is_revocation};
 use crate::relay::RelayError;
+use crate::socks5;
 use crate::state::policy::Verdict;
 use crate::telemetry::{ConnectionError, ResponseFlag};
 
@@ -40,6 +41,8 @@ pub(crate) enum Failure {
     #[error("{0}")]
     Denied(Verdict),
     #[error(transparent)]
+    Socks5(#[from] socks5::Error),
+    #[error(transparent)]
     Certificate(#[from] CaError),
     #[error(transparent)]
     Dial(#[from] DialError),
@@ -66,6 +69,7 @@ impl Failure {
             Self::Refused(_)
             | Self::OwnPort(_)
             | Self::NotServed { .. }
+            | Self::Socks5(_)
             | Self::Relay(_)
             | Self::Cut => ResponseFlag::None,
             Self::Denied(_) => ResponseFlag::Denied,

@@ -17,4 +17,5 @@ mod retry;
 mod revoked;
 mod server_rows;
 mod sharing;
+mod socks5;
 mod switching;

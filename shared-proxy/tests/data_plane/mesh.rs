@@ -329,6 +329,14 @@ impl LoopbackScope {
         address
     }
 
+    /// Takes connections of a role that say themselves where they are meant to go; returns where.
+    pub fn open(&self, at: IpAddr, role: Role) -> SocketAddr {
+        let listener = StdListener::bind((at, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        self.add(role, listener, None);
+        address
+    }
+
     /// Connections to `pod` are served in this process.
     pub fn handing_over(mut self, pod: LocalWorkload) -> Self {
         self.hands_over.push(pod);
@@ -368,7 +376,7 @@ impl Scope for LoopbackScope {
         dst: OrigDstAddr,
     ) -> Result<LocalWorkload, Refusal> {
         let address = match role {
-            Role::Outbound => client.0.ip(),
+            Role::Outbound | Role::Socks5 => client.0.ip(),
             _ => dst.0.ip(),
         };
         self.pods
