@@ -18,6 +18,7 @@ mod enrol;
 mod events;
 mod keeper;
 pub mod kubernetes;
+pub mod ledger;
 mod lock;
 mod narrative;
 mod node;
@@ -108,6 +109,7 @@ pub struct Agent {
     awaited: draining::Awaited,
     kubernetes: Option<kubernetes::Source>,
     closings: closing::Closings,
+    ledgers: ledger::Ledgers,
 }
 
 /// What stands between a pod and its enrolment.
@@ -147,6 +149,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     let pages = pages::Listeners::bind(config.health, config.metrics).await?;
     let journal = Journal::open(config.state_dir.join("journal"))?;
     let pods = Pods::open(&config.state_dir)?;
+    let ledgers = ledger::Ledgers::open(&config.state_dir)?;
     let server = ZdsServer::bind(&config.zds_socket)?;
     let zds = server.handle();
     let agent = Arc::new(Agent {
@@ -165,6 +168,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         awaited: draining::Awaited::default(),
         kubernetes,
         closings: closing::Closings::default(),
+        ledgers,
     });
     let page_tasks = pages.serve(&agent);
     let log_task = pages::take_logs(&agent)?;

@@ -9,6 +9,7 @@
 //! the field's protocol.
 
 pub mod client;
+mod delays;
 pub mod messages;
 pub mod server;
 pub mod transport;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use host_net::netns::Netns;
 
+pub use delays::{Delayed, Delays};
 pub use messages::{WorkloadInfo, WorkloadState};
 
 /// How a pod is captured.

@@ -14,6 +14,7 @@
 //! | `POST /v1/enrol` with a pod | captures a running pod |
 //! | `POST /v1/unenrol?pod=P` | stops capturing it, and lets its connections end by themselves |
 //! | `POST /v1/capture?pod=P&to=C` | captures it by the other capture, and lets its connections go on |
+//! | `GET /v1/ledger?pod=P` | what became of its connections at each change of its capture; with `&connections` of each of them |
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -130,6 +131,7 @@ pub async fn answer(
         (Method::POST, "/v1/enrol") => running::enrol(&agent, &body, &caller).await,
         (Method::POST, "/v1/unenrol") => running::unenrol(&agent, query).await,
         (Method::POST, "/v1/capture") => switching::switch(&agent, query).await,
+        (Method::GET, "/v1/ledger") => switching::ledger(&agent, query),
         (Method::GET, "/v1/effects") => Answer::json(&agent.effects.all()),
         (Method::GET, "/v1/verify") if query.is_empty() => {
             about(&agent, None, &Method::GET, path).await

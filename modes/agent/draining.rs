@@ -15,12 +15,14 @@ use host_net::netns::Netns;
 use host_net::sockets::{Connection, connections};
 use inpod_redirect::facts::{MARK_PROXY, PROBE_ADDRESS, PROBE_ADDRESS6};
 use inpod_redirect::plan::Style;
+use inpod_redirect::zds::Delays;
 use nix::sys::socket::SockaddrStorage;
 use serde::{Deserialize, Serialize};
 use shared_proxy::capture::{DNS_PORT, OUTBOUND_PORT};
 use tokio::time::{sleep, timeout};
 
 use super::enrol::CONFIRM_WITHIN;
+use super::ledger::{Ledger, Way};
 use super::{Agent, Pod, PodState};
 use crate::options::Capture;
 
@@ -109,6 +111,12 @@ impl Agent {
     /// As [`Agent::let_go`], of a pod that nobody else is busy with.
     pub(super) async fn drain(&self, pod: &Pod, within: Duration) -> anyhow::Result<LettingGo> {
         let name = pod.qualified_name();
+        let ledger = (pod.state == PodState::Captured).then(|| {
+            (
+                Ledger::begun(pod, pod.mode.into(), Way::None),
+                self.earlier(pod),
+            )
+        });
         let pod = Pod {
             state: PodState::Draining,
             drains_until: Some(now().saturating_add(within.as_secs())),
@@ -123,6 +131,13 @@ impl Agent {
         let ends = self.proxy_ends(&pod)?;
         self.awaited.left(&pod.uid, ends.into_iter().collect());
         let through = self.connections_of(&pod).map_or(0, |all| all.through);
+        if let Some((ledger, earlier)) = ledger {
+            let lines = self.lines(&pod, Some(pod.mode), None, &earlier, &Delays::default());
+            self.ledgers.add(Ledger {
+                until: pod.drains_until,
+                ..ledger.with(lines.unwrap_or_default())
+            });
+        }
         tracing::info!(
             pod = name,
             through,
@@ -238,7 +253,7 @@ impl Agent {
     }
 
     /// The addresses from which the node itself speaks with a pod.
-    fn nodes_of(&self, pod: &Pod) -> anyhow::Result<BTreeSet<IpAddr>> {
+    pub(super) fn nodes_of(&self, pod: &Pod) -> anyhow::Result<BTreeSet<IpAddr>> {
         Ok(match pod.mode {
             // What the node says to a captured pod comes from here; what it said before is older than the capture.
             Capture::Inpod => BTreeSet::from([PROBE_ADDRESS.into(), PROBE_ADDRESS6.into()]),
@@ -246,7 +261,17 @@ impl Agent {
         })
     }
 
+    /// Has the account of the pod's last change say which of the connections that it kept have ended.
+    pub(super) fn look_at_kept(&self, pod: &Pod) {
+        let open = pod.open_netns().and_then(|netns| connections(&netns));
+        if let Ok(open) = open {
+            let present = open.iter().map(|end| (end.local, end.peer)).collect();
+            self.ledgers.look(&pod.uid, &present);
+        }
+    }
+
     async fn end_if_drained(&self, pod: &Pod) -> anyhow::Result<()> {
+        self.look_at_kept(pod);
         // Where the kernel cannot be asked, the time decides.
         let left = self
             .proxy_ends(pod)
@@ -262,6 +287,7 @@ impl Agent {
         self.unenrol(&pod.uid, |found| found == pod).await?;
         if self.pods.get(&pod.uid).is_none() {
             self.awaited.forget(&pod.uid);
+            self.ledgers.end(&pod.uid);
             ended = true;
         }
         if ended {
@@ -295,14 +321,14 @@ impl Agent {
         Ok(PodConnections {
             uid: pod.uid.clone(),
             outside: sorted.outside.len(),
-            through: sorted.through,
-            node: sorted.node,
-            cut: sorted.cut,
+            through: sorted.through.len(),
+            node: sorted.node.len(),
+            cut: sorted.cut.len(),
         })
     }
 
     /// Whether the pod's IPv6 goes through the proxy; else it is dropped.
-    fn captures_ipv6(&self, pod: &Pod) -> bool {
+    pub(super) fn captures_ipv6(&self, pod: &Pod) -> bool {
         match pod.mode {
             Capture::Node => self
                 .node_setup()
@@ -367,16 +393,16 @@ fn is_proxys(end: &Connection) -> bool {
 
 /// A pod's connections by the way that they go, as in [`PodConnections`].
 #[derive(Default)]
-struct Sorted {
-    outside: BTreeSet<Connection>,
-    through: usize,
-    node: usize,
-    cut: usize,
+pub(super) struct Sorted {
+    pub(super) outside: BTreeSet<Connection>,
+    pub(super) through: BTreeSet<Connection>,
+    pub(super) node: BTreeSet<Connection>,
+    pub(super) cut: BTreeSet<Connection>,
 }
 
 /// An application's connection goes through the proxy if the proxy has a socket that speaks with it: with the address of
 /// its peer, or, for redirected ones, from one of the ports that they are redirected to.
-fn sort(
+pub(super) fn sort(
     pod: &Pod,
     nodes: &BTreeSet<IpAddr>,
     in_pod: &[Connection],
@@ -399,16 +425,16 @@ fn sort(
             continue;
         }
         if peers.contains(&(end.local, end.peer)) {
-            sorted.through += 1;
+            sorted.through.insert(*end);
         } else if let Some(left @ 1..) = redirected.get_mut(&end.local) {
             *left -= 1;
-            sorted.through += 1;
+            sorted.through.insert(*end);
         } else if within(end.peer.ip()) {
             continue;
         } else if nodes.contains(&end.peer.ip()) {
-            sorted.node += 1;
+            sorted.node.insert(*end);
         } else if end.peer.is_ipv6() && !captures_ipv6 && pod.state != PodState::Draining {
-            sorted.cut += 1;
+            sorted.cut.insert(*end);
         } else {
             sorted.outside.insert(*end);
         }

@@ -229,6 +229,7 @@ fn metrics(agent: &Agent, request: &Request<Incoming>) -> (StatusCode, String) {
             })
             .collect(),
     );
+    text.push_str(&agent.ledgers.metrics());
     (StatusCode::OK, text)
 }
 

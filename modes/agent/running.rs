@@ -5,10 +5,12 @@ use std::time::Duration;
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
 use http::StatusCode;
+use inpod_redirect::zds::Delays;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::admission::{has_address, pod_of};
+use super::ledger::{Ledger, Way};
 use super::{Agent, EnrolError, NotFound, Pod, PodState};
 use crate::cni::{PodEvent, PodIp};
 use crate::unix_http::{Answer, Caller};
@@ -97,7 +99,22 @@ impl Agent {
         caller: &Caller,
     ) -> Result<Enrolled, EnrolError> {
         let pod = Pod { live: true, ..pod };
+        let had = self.pods.get(&pod.uid);
+        let repeated = had.is_some_and(|had| {
+            had.state == PodState::Captured && (had.mode, had.netns_id) == (pod.mode, pod.netns_id)
+        });
+        let ledger = (!repeated).then(|| {
+            let begun = Ledger::begun(&pod, Way::None, pod.mode.into());
+            (begun, self.earlier(&pod))
+        });
         self.enrol(pod.clone(), caller).await?;
+        if let Some((ledger, earlier)) = ledger {
+            let lines = self.lines(&pod, None, Some(pod.mode), &earlier, &Delays::default());
+            self.ledgers.add(Ledger {
+                over: true,
+                ..ledger.with(lines.unwrap_or_default())
+            });
+        }
         let counted = self.connections_of(&pod).unwrap_or_default();
         let (outside, cut) = (counted.outside, counted.cut);
         let name = pod.qualified_name();

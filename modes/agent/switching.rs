@@ -12,14 +12,16 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use host_net::plan::{Phase, Plan};
 use http::StatusCode;
-use inpod_redirect::zds::Release;
+use inpod_redirect::zds::{Delays, Release};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 
 use super::draining::{RESETS_WITHIN, now};
 use super::enrol::CONFIRM_WITHIN;
+use super::ledger::{Delay, Ledger, Outcome};
 use super::plans::announcement;
 use super::pods::Leaving;
+use super::timings::micros;
 use super::{Agent, NotFound, Pod, PodState};
 use crate::options::{Capture, NodeFlow};
 use crate::unix_http::Answer;
@@ -41,13 +43,16 @@ pub struct Switched {
     pub through: usize,
     /// For so many seconds at most.
     pub seconds: u64,
-    /// How long connections waited that began meanwhile, in microseconds.
+    /// How long connections waited at most that began meanwhile, in microseconds.
     pub held_us: u64,
+    /// What became of which connection.
+    pub ledger: Ledger,
 }
 
-/// Answers `POST /v1/capture?pod=P&to=node|inpod` and `&drain=SECONDS`.
+/// Answers `POST /v1/capture?pod=P&to=node|inpod`, `&drain=SECONDS`, and `&connections` for each of them.
 pub(super) async fn switch(agent: &Agent, query: &str) -> Answer {
     let mut wanted = (None, None);
+    let mut each = false;
     let mut within = agent.config.drain;
     for part in query.split('&') {
         match part.split_once('=') {
@@ -57,6 +62,7 @@ pub(super) async fn switch(agent: &Agent, query: &str) -> Answer {
                 Ok(seconds) => within = Duration::from_secs(seconds.into()),
                 Err(_) => wanted = (None, None),
             },
+            None if part == "connections" => each = true,
             _ => wanted = (None, None),
         }
     }
@@ -74,12 +80,42 @@ pub(super) async fn switch(agent: &Agent, query: &str) -> Answer {
         Err(error) => return Answer::text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     };
     match agent.switch_capture(&pod.uid, to, within).await {
-        Ok(switched) => Answer::json(&switched),
+        Ok(mut switched) => {
+            if !each {
+                switched.ledger.connections.clear();
+            }
+            Answer::json(&switched)
+        }
         Err(error) => Answer::text(
             StatusCode::CONFLICT,
             format!("pod {}: {error:#}\n", pod.qualified_name()),
         ),
     }
+}
+
+/// Answers `GET /v1/ledger?pod=P`, and `&connections`.
+pub(super) fn ledger(agent: &Agent, query: &str) -> Answer {
+    let (pod, each) = match query.split_once('&') {
+        None => (query, false),
+        Some((pod, "connections")) => (pod, true),
+        Some(_) => ("", false),
+    };
+    let Some(wanted) = pod.strip_prefix("pod=").filter(|pod| !pod.is_empty()) else {
+        let text = "say ?pod=NAMESPACE/NAME, and &connections for each of them\n";
+        return Answer::text(StatusCode::BAD_REQUEST, text);
+    };
+    let mut ledgers = agent.ledgers.of(wanted);
+    if ledgers.is_empty()
+        && let Err(error) = agent.pods.find(wanted)
+    {
+        return Answer::text(StatusCode::NOT_FOUND, format!("{error}\n"));
+    }
+    if !each {
+        for ledger in &mut ledgers {
+            ledger.connections.clear();
+        }
+    }
+    Answer::json(&ledgers)
 }
 
 impl Agent {
@@ -114,17 +150,39 @@ impl Agent {
             leaving: leaving(pod.mode),
             ..before.clone()
         };
+        let ledger = Ledger::begun(&pod, pod.mode.into(), to.into());
+        let earlier = self.earlier(&pod);
         self.pods.put(before.clone())?;
         let begun = Instant::now();
-        if let Err(error) = self.change(&before, &after, within).await {
-            self.stay(&before).await;
-            return Err(error);
-        }
+        let delays = match self.change(&before, &after, within).await {
+            Ok(delays) => delays,
+            Err(error) => {
+                let delays = self.stay(&before).await;
+                self.ledgers.add(Ledger {
+                    result: Outcome::Failed,
+                    reason: format!("{error:#}"),
+                    held_us: micros(begun.elapsed()),
+                    delayed: (&delays).into(),
+                    over: true,
+                    ..ledger
+                });
+                return Err(error);
+            }
+        };
         let held = begun.elapsed();
+        // The pod may be gone by this moment; it was changed all the same.
+        let lines = self.lines(&after, Some(pod.mode), Some(to), &earlier, &delays);
+        let ledger = Ledger {
+            held_us: micros(held),
+            delayed: (&delays).into(),
+            until: Some(until),
+            ..ledger.with(lines.unwrap_or_default())
+        };
+        self.ledgers.add(ledger.clone());
         let key = awaited(&after, pod.mode);
         self.awaited.forget(&key);
         let ends = self.proxy_ends_by(&after, pod.mode)?;
-        let through = self.connections_of(&after).map_or(0, |all| all.through);
+        let through = ledger.open;
         self.awaited.left(&key, ends.into_iter().collect());
         let name = pod.qualified_name();
         tracing::info!(pod = name, from = %pod.mode, to = %to, through, held = ?held, "pod has another capture");
@@ -134,7 +192,8 @@ impl Agent {
             to,
             through,
             seconds: within.as_secs(),
-            held_us: u64::try_from(held.as_micros()).unwrap_or(u64::MAX),
+            held_us: ledger.held_us,
+            ledger,
         })
     }
 
@@ -157,7 +216,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn change(&self, before: &Pod, after: &Pod, within: Duration) -> anyhow::Result<()> {
+    async fn change(&self, before: &Pod, after: &Pod, within: Duration) -> anyhow::Result<Delays> {
         let (from, to) = (before.mode, after.mode);
         self.zds.hold(&before.uid, HELD_WITHIN).await?;
         self.zds
@@ -181,7 +240,7 @@ impl Agent {
         let released = self.zds.release(announcement(after)?, release);
         // Whatever it answers: the kernel has the pod captured by the other one, and every proxy hears of that.
         match timeout(CONFIRM_WITHIN, released).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(delays)) => return Ok(delays),
             Ok(Err(error)) => {
                 tracing::warn!(pod = after.qualified_name(), %error, "the proxy did not confirm a change of capture");
             }
@@ -190,11 +249,11 @@ impl Agent {
                 "the proxy did not confirm a change of capture within {CONFIRM_WITHIN:?}"
             ),
         }
-        Ok(())
+        Ok(Delays::default())
     }
 
-    /// Takes back what was done of a change.
-    async fn stay(&self, before: &Pod) {
+    /// Takes back what was done of a change, and says what had to wait for that.
+    async fn stay(&self, before: &Pod) -> Delays {
         let name = before.qualified_name();
         if let Err(error) = self.make_redirect(before).await {
             tracing::error!(
@@ -203,12 +262,13 @@ impl Agent {
                 "a pod's capture was not put back; it is looked after"
             );
         }
-        let kept = announcement(before).map(|add| self.zds.release(add, Release::Stays));
-        if let Ok(kept) = kept
-            && let Err(error) = kept.await
-        {
+        let Ok(kept) = announcement(before).map(|add| self.zds.release(add, Release::Stays)) else {
+            return Delays::default();
+        };
+        kept.await.unwrap_or_else(|error| {
             tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod keeps its capture");
-        }
+            Delays::default()
+        })
     }
 
     /// Takes away what is left of captures that pods had, once nothing goes by them any more.
@@ -230,6 +290,7 @@ impl Agent {
             return Ok(());
         };
         let key = awaited(pod, leaving.capture);
+        self.look_at_kept(pod);
         // Where the kernel cannot be asked, the time decides.
         let left = self
             .proxy_ends_by(pod, leaving.capture)
@@ -253,6 +314,7 @@ impl Agent {
             ..pod.clone()
         })?;
         self.awaited.forget(&key);
+        self.ledgers.end(&pod.uid);
         tracing::info!(
             pod = pod.qualified_name(),
             capture = %leaving.capture,
@@ -260,6 +322,16 @@ impl Agent {
             "nothing of the capture that a pod had is left"
         );
         Ok(())
+    }
+}
+
+impl From<&Delays> for Delay {
+    fn from(delays: &Delays) -> Self {
+        Self {
+            count: delays.count,
+            median_us: micros(delays.median),
+            longest_us: micros(delays.longest),
+        }
     }
 }
 

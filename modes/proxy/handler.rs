@@ -10,7 +10,7 @@ use std::time::Duration;
 use host_net::netns::Netns;
 use inpod_redirect::scope::InpodScope;
 use inpod_redirect::zds::client::WorkloadHandler;
-use inpod_redirect::zds::{Add, Mode, NodeConfiguration, Release};
+use inpod_redirect::zds::{Add, Delays, Mode, NodeConfiguration, Release};
 use node_redirect::plan::Flow;
 use node_redirect::scope::{NodeScope, NodeScopeConfig, SameNode};
 use serde_json::Value;
@@ -235,8 +235,8 @@ impl WorkloadHandler for Workloads {
         self.prepare_switch(add).await
     }
 
-    async fn release(&self, uid: &str, release: Release) {
-        self.end_switch(uid, release).await;
+    async fn release(&self, uid: &str, release: Release) -> Delays {
+        self.end_switch(uid, release).await
     }
 
     async fn snapshot_sent(&self) {

@@ -5,6 +5,7 @@
 
 mod accept;
 mod config;
+mod delays;
 mod dial;
 mod ending;
 mod enforce;
@@ -25,6 +26,8 @@ use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 
 pub use config::{CoreConfig, Keepalive};
+pub(crate) use delays::Subject;
+pub use delays::{Delayed, Delays};
 pub use dial::DialError;
 pub(crate) use ending::Failure;
 pub(crate) use enforce::Admitted;

@@ -17,7 +17,7 @@ use crate::capture::{
     ClientAddr, DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, LocalWorkload, OUTBOUND_PORT,
     OWN_PORTS, OnBehalfOf,
 };
-use crate::core::{Admitted, Attachment, DialError, Failure};
+use crate::core::{Admitted, Attachment, DialError, Failure, Subject};
 use crate::drain::Signal;
 use crate::hbone::authority::Authority;
 use crate::identity::Identity;
@@ -71,7 +71,13 @@ pub(crate) async fn arrive(
     signal: &Signal,
 ) -> Result<Arrived, Failure> {
     let began = Instant::now();
-    let attachment = &attachment.clone().released(arrival.addr.ip()).await;
+    let whose = Subject {
+        direction: Direction::Inbound,
+        client: arrival.client.0,
+        destination: arrival.addr,
+    };
+    let released = attachment.clone().released(arrival.addr.ip(), whose);
+    let attachment = &released.await;
     let refused = |failure| refused(attachment, arrival, failure);
     let known = attachment.workload_of(pod, arrival.addr.ip()).await;
     let (snapshot, workload) = known.map_err(refused)?;

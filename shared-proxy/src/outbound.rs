@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use crate::capture::{
     Captured, ClientAddr, LocalWorkload, OWN_PORTS, OnBehalfOf, OrigDstAddr, Role,
 };
-use crate::core::{Admitted, Attachment, Failure};
+use crate::core::{Admitted, Attachment, Failure, Subject};
 use crate::drain::Signal;
 use crate::hbone::authority::Authority;
 use crate::hbone::client::{StreamError, Tunnel};
@@ -140,7 +140,13 @@ async fn prepare(
         let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
         Ok((owner, dst))
     });
-    let attachment = &attachment.clone().released(client.0.ip()).await;
+    let whose = Subject {
+        direction: Direction::Outbound,
+        client: client.0,
+        destination: known.map_or(client.0, |dst| dst.0),
+    };
+    let released = attachment.clone().released(client.0.ip(), whose);
+    let attachment = &released.await;
     let capture_mode = attachment.scope.id().capture_mode;
     let (source, destination) = match decide(attachment, client, owned).await {
         Ok(decision) => decision,

@@ -119,6 +119,17 @@ impl Talk {
         talk
     }
 
+    /// Whether this is the address of its end.
+    pub fn is(&self, at: SocketAddr) -> bool {
+        self.stream.local_addr().is_ok_and(|local| local == at)
+    }
+
+    /// Has it say one more thing, if it is idle.
+    pub fn speak(&self) {
+        let next = self.messages.load(Ordering::Relaxed) + 1;
+        self.wanted.fetch_max(next, Ordering::Relaxed);
+    }
+
     pub fn broken(&self) -> Option<String> {
         let broken = self.broken.lock().unwrap();
         broken

@@ -16,11 +16,11 @@ use tokio_seqpacket::UnixSeqpacket;
 use tracing::{debug, info, warn};
 
 use super::messages::{
-    EXTENSION_VERSION, NetnsReply, Request, Response, Version, WorkloadRequest, WorkloadResponse,
-    ZdsHello, decode_addresses,
+    Ack, EXTENSION_VERSION, NetnsReply, Request, Response, Version, WorkloadRequest,
+    WorkloadResponse, ZdsHello, decode_addresses,
 };
 use super::transport::{Transport, TransportError};
-use super::{Add, NodeConfiguration, REQUEST_TIMEOUT, Release};
+use super::{Add, Delays, NodeConfiguration, REQUEST_TIMEOUT, Release};
 use workloads::Workloads;
 
 /// First pause before connecting again; doubled up to [`RECONNECT_MAX`].
@@ -57,10 +57,11 @@ pub trait WorkloadHandler: Send + Sync + 'static {
         async { Err(CANNOT_SWITCH.to_owned()) }
     }
 
-    /// Ends a hold. A pod that nobody holds any more is settled all the same, if it has two captures.
-    fn release(&self, uid: &str, release: Release) -> impl Future<Output = ()> + Send {
+    /// Ends a hold, and says what waited for that. A pod that nobody holds any more is settled all the same, if it has
+    /// two captures.
+    fn release(&self, uid: &str, release: Release) -> impl Future<Output = Delays> + Send {
         let _ = (uid, release);
-        async {}
+        async { Delays::default() }
     }
 
     /// The agent wants this pod kept if it runs; it is not started.
@@ -144,6 +145,7 @@ struct Client<H> {
 /// What to answer to one request.
 enum Answer {
     Ack(Result<(), String>),
+    Released(Result<Delays, String>),
     Response(Response),
     OwnNetns,
 }
@@ -234,6 +236,12 @@ impl<H: WorkloadHandler> Client<H> {
             match answer {
                 Ok(Answer::Ack(result)) => {
                     let ack = WorkloadResponse::ack(result.err().unwrap_or_default());
+                    sent(transport.send(&ack, None)).await?;
+                }
+                Ok(Answer::Released(result)) => {
+                    let delays = result.as_ref().ok().map(Into::into);
+                    let error = result.err().unwrap_or_default();
+                    let ack = WorkloadResponse::from(Response::Ack(Ack { error, delays }));
                     sent(transport.send(&ack, None)).await?;
                 }
                 Ok(Answer::Response(response)) => {
@@ -327,7 +335,8 @@ impl<H: WorkloadHandler> Client<H> {
                         drain: Duration::from_millis(release.drain_millis),
                     },
                 };
-                Ok(Answer::Ack(self.workloads.release(&release.uid, how).await))
+                let released = self.workloads.release(&release.uid, how).await;
+                Ok(Answer::Released(released))
             }
             Request::GetState(_) => Ok(Answer::Response(Response::State(self.workloads.state()))),
         }

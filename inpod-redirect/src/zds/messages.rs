@@ -102,6 +102,46 @@ pub struct Ack {
     /// Empty means success.
     #[prost(string, tag = "1")]
     pub error: String,
+    /// Extension, of the answer to [`ReleaseWorkload`]: what the hold has cost.
+    #[prost(message, optional, tag = "1000")]
+    pub delays: Option<DelayReport>,
+}
+
+/// Extension: connections that began while their pod was held.
+#[derive(Clone, PartialEq, Message)]
+pub struct DelayReport {
+    /// How many.
+    #[prost(uint64, tag = "1")]
+    pub count: u64,
+    /// Median of their waits, in microseconds.
+    #[prost(uint64, tag = "2")]
+    pub median_micros: u64,
+    /// The longest wait, in microseconds.
+    #[prost(uint64, tag = "3")]
+    pub longest_micros: u64,
+    /// The first ones of them, as many as fit.
+    #[prost(message, repeated, tag = "4")]
+    pub connections: Vec<DelayedConnection>,
+}
+
+/// Extension: one of them.
+#[derive(Clone, PartialEq, Eq, Hash, Message)]
+pub struct DelayedConnection {
+    /// Address of the client, 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub client: Vec<u8>,
+    /// Its port; 0 where it is not known.
+    #[prost(uint32, tag = "2")]
+    pub client_port: u32,
+    /// Address that it was opened to, 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub destination: Vec<u8>,
+    /// And the port.
+    #[prost(uint32, tag = "4")]
+    pub destination_port: u32,
+    /// How long it waited, in microseconds.
+    #[prost(uint64, tag = "5")]
+    pub waited_micros: u64,
 }
 
 /// Extension: send the descriptor of your own network namespace.
@@ -270,6 +310,7 @@ impl WorkloadResponse {
     pub fn ack(error: impl Into<String>) -> Self {
         Response::Ack(Ack {
             error: error.into(),
+            delays: None,
         })
         .into()
     }

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio_seqpacket::UnixSeqpacketListener;
 use tracing::{info, warn};
 
-use super::{Add, Mode, NodeConfiguration, Release, WorkloadState};
+use super::{Add, Delays, Mode, NodeConfiguration, Release, WorkloadState};
 
 /// At most five proxies are accepted in a second.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(200);
@@ -156,7 +156,7 @@ enum Command {
     Add(Arc<Add>, oneshot::Sender<Result<(), ZdsError>>),
     Del(Arc<str>, Duration, oneshot::Sender<Result<(), ZdsError>>),
     Hold(Arc<str>, Duration, oneshot::Sender<Result<(), ZdsError>>),
-    Release(Arc<str>, Release, oneshot::Sender<Result<(), ZdsError>>),
+    Release(Arc<str>, Release, oneshot::Sender<Result<Delays, ZdsError>>),
     State(oneshot::Sender<Result<Vec<WorkloadState>, ZdsError>>),
 }
 

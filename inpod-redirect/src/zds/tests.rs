@@ -7,7 +7,7 @@ mod proxy_side;
 mod wire;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ use tokio_seqpacket::ancillary::AncillaryMessageWriter;
 use super::client::WorkloadHandler;
 use super::messages::*;
 use super::transport::{Packet, Transport, TransportError};
-use super::{Add, Mode, NodeConfiguration, Release};
+use super::{Add, Delayed, Delays, Mode, NodeConfiguration, Release};
 
 /// Longer than any wait of the protocol.
 const PATIENCE: Duration = Duration::from_secs(12);
@@ -107,6 +107,19 @@ impl Recorder {
     }
 }
 
+/// More connections than a report names, by both families.
+fn delays() -> Delays {
+    let one = |number: u16| Delayed {
+        client: match number % 2 {
+            0 => ([10, 244, 1, 9], number).into(),
+            _ => (Ipv6Addr::LOCALHOST, number).into(),
+        },
+        destination: ([10, 244, 2, 9], 80).into(),
+        waited: Duration::from_micros(number.into()),
+    };
+    Delays::new((1..=1001).map(one).collect(), 1002)
+}
+
 impl WorkloadHandler for Recorder {
     async fn add(&self, add: Add) -> Result<(), String> {
         let netns = match add.netns {
@@ -141,8 +154,9 @@ impl WorkloadHandler for Recorder {
         }
     }
 
-    async fn release(&self, uid: &str, release: Release) {
+    async fn release(&self, uid: &str, release: Release) -> Delays {
         self.record(format!("release {uid} {release:?}"));
+        delays()
     }
 
     async fn snapshot_sent(&self) {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use inpod_redirect::zds::{Add, Mode, Release};
+use inpod_redirect::zds::{self, Add, Mode, Release};
 use shared_proxy::capture::Scope;
-use shared_proxy::core::{Attached, Hold};
+use shared_proxy::core::{Attached, Delays, Hold};
 use shared_proxy::drain::Drain;
 use tokio::task::JoinHandle;
 
@@ -20,6 +20,8 @@ pub(super) struct Switch {
     hold: JoinHandle<()>,
     /// Its capture to be, once that is there.
     to: Option<To>,
+    /// What waits for it, or did.
+    delays: Vec<Delays>,
 }
 
 enum To {
@@ -30,11 +32,16 @@ enum To {
 impl Switch {
     /// Holds until `within` is over: an agent that is gone keeps nobody waiting.
     fn new(hold: Hold, within: Duration) -> Self {
+        let delays = vec![hold.delays()];
         let hold = tokio::spawn(async move {
             let _hold = hold;
             tokio::time::sleep(within).await;
         });
-        Self { hold, to: None }
+        Self {
+            hold,
+            to: None,
+            delays,
+        }
     }
 }
 
@@ -98,14 +105,15 @@ impl Workloads {
         Ok(())
     }
 
-    pub(super) async fn end_switch(&self, uid: &str, release: Release) {
+    /// Returns what has waited for this.
+    pub(super) async fn end_switch(&self, uid: &str, release: Release) -> zds::Delays {
         let (workload, mut switch, scope) = {
             let mut served = lock(&self.served);
             let Some(pod) = served.get_mut(uid) else {
-                return;
+                return zds::Delays::default();
             };
             let Some(switch) = pod.switch.take() else {
-                return;
+                return zds::Delays::default();
             };
             (pod.workload.clone(), switch, pod.scope.take())
         };
@@ -157,13 +165,28 @@ impl Workloads {
             pod.scope = scope;
         }
         // Here the pod's connections go on.
+        let cost = switch.cost();
         drop(switch);
+        cost
     }
 }
 
 impl Switch {
-    /// What was prepared under an earlier hold is still there.
+    /// What was prepared under an earlier hold is still there, and what that has cost is not forgotten.
     fn keep(&mut self, mut before: Switch) {
         self.to = before.to.take();
+        self.delays.append(&mut before.delays);
+    }
+
+    /// What has waited until here.
+    fn cost(&self) -> zds::Delays {
+        let ones = self.delays.iter().flat_map(Delays::ones);
+        let named = ones.map(|one| zds::Delayed {
+            client: one.client,
+            destination: one.destination,
+            waited: one.waited,
+        });
+        let count = self.delays.iter().map(Delays::count).sum();
+        zds::Delays::new(named.collect(), count)
     }
 }

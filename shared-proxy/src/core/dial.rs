@@ -8,6 +8,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::delays::Subject;
 use super::{Attachment, CoreConfig};
 use crate::capture::{HBONE_PORT, OnBehalfOf, Scope};
 use crate::telemetry::{Direction, Step};
@@ -79,7 +80,18 @@ impl Attachment {
             OnBehalfOf::LocalWorkload(pod) => (pod, to.ip(), Direction::Outbound),
             OnBehalfOf::RemoteClient(client) => (to.ip(), client, Direction::Inbound),
         };
-        let (_until_made, attachment) = self.dialling(pod, other).await;
+        let whose = Subject {
+            direction,
+            client: SocketAddr::new(
+                match who {
+                    OnBehalfOf::LocalWorkload(pod) => pod,
+                    OnBehalfOf::RemoteClient(client) => client,
+                },
+                0,
+            ),
+            destination: to,
+        };
+        let (_until_made, attachment) = self.dialling(pod, other, whose).await;
         let began = Instant::now();
         let stream = timeout(
             config.connect_timeout,

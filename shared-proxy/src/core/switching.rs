@@ -3,20 +3,22 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::delays::{Delays, Subject, Waiting};
 use super::{Attached, Attachment, Core};
 use crate::capture::{LocalWorkload, Scope};
 
 /// What is known of one address. An address that is idle and has its capture of old has no entry.
 #[derive(Default)]
 struct Entry {
-    /// How many held it. While anybody does, nothing begins.
-    holds: usize,
+    /// Who holds it. While anybody does, nothing begins.
+    holds: Vec<(u64, Delays)>,
     /// Connections from or to it that are being made.
     dials: usize,
     /// Its capture, if connections may still come by another one.
@@ -34,7 +36,7 @@ struct Capture {
 
 impl Entry {
     fn is_idle(&self) -> bool {
-        self.holds == 0 && self.dials == 0 && self.capture.is_none()
+        self.holds.is_empty() && self.dials == 0 && self.capture.is_none()
     }
 }
 
@@ -44,6 +46,7 @@ pub(crate) struct Captures {
     entries: Mutex<HashMap<IpAddr, Entry>>,
     /// Something was released, or a dial has ended while an address was held.
     changed: Notify,
+    next_hold: AtomicU64,
 }
 
 impl Captures {
@@ -67,16 +70,22 @@ impl Captures {
     async fn open<T>(
         &self,
         addresses: &[IpAddr],
+        who: Subject,
         then: impl FnOnce(&mut HashMap<IpAddr, Entry>) -> T,
     ) -> T {
+        let mut waiting: Option<Waiting> = None;
         loop {
             let changed = self.changed.notified();
             {
                 let mut entries = self.entries();
-                let held = |address| entries.get(address).is_some_and(|entry| entry.holds > 0);
-                if !addresses.iter().any(held) {
+                let found = addresses.iter().filter_map(|address| entries.get(address));
+                let mut holds = found.flat_map(|entry| &entry.holds).peekable();
+                if holds.peek().is_none() {
+                    drop(holds);
                     return then(&mut entries);
                 }
+                let waiting = waiting.get_or_insert_with(|| Waiting::new(who));
+                waiting.on(holds.map(|(_, delays)| delays));
             }
             changed.await;
         }
@@ -100,10 +109,10 @@ impl Captures {
 
 impl Attachment {
     /// Waits while the pod at an address is held. What it has afterwards is by the capture that it has then.
-    pub(crate) async fn released(self, pod: IpAddr) -> Attachment {
+    pub(crate) async fn released(self, pod: IpAddr, who: Subject) -> Attachment {
         let captures = &self.core.captures;
         let capture = captures
-            .open(&[pod], |entries| {
+            .open(&[pod], who, |entries| {
                 entries.get(&pod).and_then(|entry| entry.capture.clone())
             })
             .await;
@@ -111,11 +120,16 @@ impl Attachment {
     }
 
     /// Begins a connection from or to `pod`, one of this node, as soon as neither end is held.
-    pub(super) async fn dialling(&self, pod: IpAddr, other: IpAddr) -> (Dialling, Attachment) {
+    pub(super) async fn dialling(
+        &self,
+        pod: IpAddr,
+        other: IpAddr,
+        who: Subject,
+    ) -> (Dialling, Attachment) {
         let captures = &self.core.captures;
         let addresses = [pod, other];
         let capture = captures
-            .open(&addresses, |entries| {
+            .open(&addresses, who, |entries| {
                 for address in addresses {
                     entries.entry(address).or_default().dials += 1;
                 }
@@ -155,7 +169,7 @@ impl Drop for Dialling {
             for address in &self.addresses {
                 if let Some(entry) = entries.get_mut(address) {
                     entry.dials = entry.dials.saturating_sub(1);
-                    held |= entry.holds > 0;
+                    held |= !entry.holds.is_empty();
                     if entry.is_idle() {
                         entries.remove(address);
                     }
@@ -173,12 +187,22 @@ impl Drop for Dialling {
 pub struct Hold {
     captures: Arc<Captures>,
     addresses: Arc<[IpAddr]>,
+    number: u64,
+    delays: Delays,
+}
+
+impl Hold {
+    /// The account of what waits for it.
+    pub fn delays(&self) -> Delays {
+        self.delays.clone()
+    }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.captures
-            .change(&self.addresses, |entry| entry.holds -= 1);
+        self.captures.change(&self.addresses, |entry| {
+            entry.holds.retain(|(number, _)| *number != self.number);
+        });
         self.captures.changed.notify_waiters();
     }
 }
@@ -190,10 +214,16 @@ impl Core {
     pub async fn hold(&self, pod: &LocalWorkload, within: Duration) -> Hold {
         let captures = self.shared.captures.clone();
         let addresses = pod.addresses.clone();
-        captures.change(&addresses, |entry| entry.holds += 1);
+        let number = captures.next_hold.fetch_add(1, Ordering::Relaxed);
+        let delays = Delays::default();
+        captures.change(&addresses, |entry| {
+            entry.holds.push((number, delays.clone()));
+        });
         let hold = Hold {
             captures,
             addresses,
+            number,
+            delays,
         };
         // An error means that somebody does not answer; nobody waits for that.
         let _ = timeout(within, hold.captures.quiet(&hold.addresses)).await;

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::WorkloadHandler;
 use crate::zds::messages::{AddWorkload, CaptureMode, StateReply, WorkloadState, decode_addresses};
 use crate::zds::transport::EXTENDED_PACKET;
-use crate::zds::{Add, Mode, NodeConfiguration, Release, WorkloadUid};
+use crate::zds::{Add, Delays, Mode, NodeConfiguration, Release, WorkloadUid};
 
 /// Room left in a state packet for what surrounds the list.
 const STATE_OVERHEAD: usize = 64;
@@ -150,14 +150,14 @@ impl<H: WorkloadHandler> Workloads<H> {
         Ok(())
     }
 
-    pub(super) async fn release(&mut self, uid: &str, release: Release) -> Result<(), String> {
+    pub(super) async fn release(&mut self, uid: &str, release: Release) -> Result<Delays, String> {
         let Some((uid, beside)) = self.held.remove_entry(uid) else {
             return Err("it is not held".to_owned());
         };
         match (release, beside) {
             (Release::Changes { .. }, None) => {
                 self.handler.release(&uid, Release::Stays).await;
-                return Err("it has no other capture to change to".to_owned());
+                Err("it has no other capture to change to".to_owned())
             }
             (Release::Changes { drain }, Some(beside)) => {
                 info!(
@@ -165,12 +165,12 @@ impl<H: WorkloadHandler> Workloads<H> {
                     WorkloadUid(&uid),
                     beside.mode
                 );
-                self.handler.release(&uid, Release::Changes { drain }).await;
+                let delays = self.handler.release(&uid, Release::Changes { drain }).await;
                 self.running.insert(uid, beside);
+                Ok(delays)
             }
-            (Release::Stays, _) => self.handler.release(&uid, Release::Stays).await,
+            (Release::Stays, _) => Ok(self.handler.release(&uid, Release::Stays).await),
         }
-        Ok(())
     }
 
     async fn start(&mut self, add: Add) -> Result<(), String> {

@@ -20,7 +20,7 @@ use crate::zds::messages::{
     WorkloadResponse, ZdsHello, encode_addresses,
 };
 use crate::zds::transport::{Transport, TransportError};
-use crate::zds::{Add, Mode, NodeConfiguration, REQUEST_TIMEOUT, Release};
+use crate::zds::{Add, Delays, Mode, NodeConfiguration, REQUEST_TIMEOUT, Release};
 
 /// The hook programs the kernel; it is not given for ever because pods wait for it.
 const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -266,7 +266,7 @@ impl Link {
                     stays,
                     drain_millis: millis(drain),
                 });
-                let answer = self.acknowledged(request, None).await;
+                let answer = self.answered(request, None).await;
                 let _ = reply.send(told(&uid, &answer));
                 answer.map(|_| ())
             }
@@ -309,9 +309,19 @@ impl Link {
         request: Request,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Result<(), String>, LinkError> {
+        let answer = self.answered(request, fd).await?;
+        Ok(answer.map(drop))
+    }
+
+    /// As [`Link::acknowledged`], with what else the acknowledgement says.
+    async fn answered(
+        &mut self,
+        request: Request,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Result<Delays, String>, LinkError> {
         match self.request(request, fd).await? {
             (Response::Ack(ack), fds) if fds.is_empty() => Ok(match ack.error {
-                error if error.is_empty() => Ok(()),
+                error if error.is_empty() => Ok(ack.delays.unwrap_or_default().into()),
                 error => Err(error),
             }),
             _ => Err(LinkError::Unexpected("not an ack")),
@@ -348,9 +358,12 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn told(uid: &Arc<str>, answer: &Result<Result<(), String>, LinkError>) -> Result<(), ZdsError> {
+fn told<T: Clone>(
+    uid: &Arc<str>,
+    answer: &Result<Result<T, String>, LinkError>,
+) -> Result<T, ZdsError> {
     match answer {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(said)) => Ok(said.clone()),
         Ok(Err(reason)) => Err(ZdsError::Rejected {
             uid: Arc::clone(uid),
             reason: reason.clone(),

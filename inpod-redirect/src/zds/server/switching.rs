@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{Command, Registered, ZdsError, ZdsHandle, checked, lost};
-use crate::zds::{Add, Release};
+use crate::zds::{Add, Delays, Release};
 
 /// The first version of the extension that has holds.
 const HOLDS: u32 = 2;
@@ -35,11 +35,11 @@ impl ZdsHandle {
     }
 
     /// Releases a held pod. With [`Release::Changes`] it is registered as `add` says, which is what was prepared, whatever
-    /// the proxy answers.
+    /// the proxy answers. Returns what waited meanwhile.
     ///
     /// # Errors
     /// The proxy was lost, or does not hold the pod any more: it may have been another one that was asked to.
-    pub async fn release(&self, add: Add, release: Release) -> Result<(), ZdsError> {
+    pub async fn release(&self, add: Add, release: Release) -> Result<Delays, ZdsError> {
         let uid = Arc::clone(&add.uid);
         if release != Release::Stays {
             let add = Arc::new(checked(add)?);
@@ -55,11 +55,11 @@ impl ZdsHandle {
     }
 
     /// Asks the latest proxy, which must know how to hold.
-    async fn ask(
+    async fn ask<T>(
         &self,
         uid: &Arc<str>,
-        command: impl FnOnce(oneshot::Sender<Result<(), ZdsError>>) -> Command,
-    ) -> Result<(), ZdsError> {
+        command: impl FnOnce(oneshot::Sender<Result<T, ZdsError>>) -> Command,
+    ) -> Result<T, ZdsError> {
         let uid = Arc::clone(uid);
         let answer = {
             let state = self.shared.state();

@@ -170,6 +170,10 @@ const CHANGES: Release = Release::Changes {
     drain: Duration::from_secs(60),
 };
 
+fn micros(count: u64) -> Duration {
+    Duration::from_micros(count)
+}
+
 #[tokio::test]
 async fn a_held_pod_changes_its_capture_or_keeps_it() {
     let it = served().await;
@@ -203,7 +207,11 @@ async fn a_held_pod_changes_its_capture_or_keeps_it() {
 
     it.agent.hold("pod", A_WHILE).await.unwrap();
     it.agent.prepare(to.clone()).await.unwrap();
-    it.agent.release(to, CHANGES).await.unwrap();
+    let told = it.agent.release(to, CHANGES).await.unwrap();
+    let mut wanted = super::delays();
+    assert_eq!((wanted.median, wanted.longest), (micros(501), micros(1001)));
+    wanted.connections.truncate(1000);
+    assert_eq!(told, wanted);
     assert_eq!(it.mode().await, CaptureMode::Inpod);
     assert_eq!(
         it.calls(),
