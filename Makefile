@@ -10,7 +10,8 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 	user-mode-linux python3-jsonschema libipset-dev libmnl-dev libclang-dev clang \
 	podman containerd runc containernetworking-plugins busybox-static \
 	python3-prometheus-client python3-protobuf protobuf-compiler openssl nghttp2-client tshark \
-	python3-grpcio python3-cryptography python3-h2 python3-yaml python3-pip mandoc
+	python3-grpcio python3-cryptography python3-h2 python3-yaml python3-pip mandoc redis-server redis-tools \
+	postgresql-15 postgresql-client-15
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
 .PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve flows check clean-lab \
