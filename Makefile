@@ -15,7 +15,7 @@ PACKAGES = iproute2 iptables ipset nftables iperf3 wrk nginx-light conntrack tcp
 # Building some C parts of dependencies needs no more than gcc; libipset-dev and clang are for the feature `libipset`.
 
 .PHONY: all deps build release bench bench-full bench-all bench-geneve bench-cost test test-all test-geneve flows check clean-lab \
-	kube-tools judges manifests image completions golden modes-doc
+	kube-tools judges manifests image completions golden modes-doc experiment
 
 all: build
 
@@ -72,6 +72,11 @@ golden: deps
 # What is generated in docs/modes.md: listings and what one connection met, from labs on this machine.
 modes-doc: deps
 	WRITE_MODES=1 $(CARGO) test --workspace --features kubernetes --test modes_doc the_document
+
+# A scripted migration under load (docs/experiments.md): make experiment SCENARIO=rolling-pods
+SCENARIO ?= switch-1000
+experiment: release
+	target/release/ambidex experiment run $(SCENARIO) --check --out out/experiment/$(SCENARIO)
 
 check: deps
 	$(CARGO) fmt --all --check

@@ -11,6 +11,7 @@ mod daemons;
 mod doctor;
 mod dump;
 mod enrol;
+mod experiment;
 mod explain;
 mod get;
 mod lab;
@@ -76,6 +77,8 @@ enum Command {
     Unenrol(enrol::UnenrolArgs),
     /// Change by which capture a running pod is captured
     Mode(mode::ModeArgs),
+    /// Run a scripted migration in a lab under load, and say whether what has to be so is so
+    Experiment(experiment::ExperimentArgs),
     /// Remove exactly what was made for a pod, or for the whole node
     Undo(plan::UndoArgs),
     /// Write one archive with the state of this node for whoever looks at it from afar, without secrets
@@ -142,6 +145,7 @@ pub fn main() -> ExitCode {
         Command::Enrol(args) => enrol::run_enrol(args),
         Command::Unenrol(args) => enrol::run_unenrol(args),
         Command::Mode(args) => mode::run(args),
+        Command::Experiment(args) => experiment::run(args),
         Command::Undo(args) => plan::run_undo(args),
         Command::Dump(args) => dump::run(args),
         Command::Completions(args) => completions::run(args),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod experiment;
 pub mod guest;
 pub mod standing;
 pub mod topology;

@@ -86,6 +86,8 @@ impl Agent {
     }
 }
 
+/// Connections of a capture that the pod had need these rules as well, and are none of those that are outside the mesh.
 fn has_older(pod: &Pod) -> bool {
-    pod.state == PodState::Captured && pod.mode == Capture::Inpod && pod.live && !pod.settled
+    let in_pod = pod.state == PodState::Captured && pod.mode == Capture::Inpod;
+    in_pod && pod.live && !pod.settled && pod.leaving.is_none()
 }

@@ -139,9 +139,10 @@ impl Agent {
         self.refuse_switch(&pod)?;
         let until = now().saturating_add(within.as_secs());
         let leaving = |capture| Some(Leaving { capture, until });
-        // It is running, whatever it was when it was enrolled.
+        // It is running, whatever it was when it was enrolled, and has connections that are older than the capture to be.
         let before = Pod {
             live: true,
+            settled: false,
             leaving: leaving(to),
             ..pod.clone()
         };

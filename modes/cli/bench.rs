@@ -24,7 +24,7 @@ use super::{Failure, block_on};
 use crate::options::require_overlay;
 
 /// Exit code of a program that SIGINT ended, as a shell gives it.
-const INTERRUPTED: u8 = 130;
+pub(super) const INTERRUPTED: u8 = 130;
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -204,7 +204,8 @@ fn once<T: PartialEq>(asked: Vec<T>, all: Vec<T>) -> Vec<T> {
     chosen
 }
 
-fn build() -> String {
+/// Version, profile and features of this program.
+pub(super) fn build() -> String {
     let profile = if cfg!(debug_assertions) {
         "debug"
     } else {

@@ -40,6 +40,12 @@ enum Verb {
     /// Run the benchmark's bound in place of the node proxy: plain connections, spliced
     #[command(hide = true)]
     Relay(RelayArgs),
+    /// Be the load of one pod in an experiment, as a JSON plan and standard input say
+    #[command(hide = true)]
+    Load {
+        /// The plan
+        plan: String,
+    },
     /// Serve or check traffic in the current namespace, as a JSON command says
     #[command(hide = true)]
     Traffic {
@@ -111,6 +117,7 @@ pub(crate) fn run(args: LabArgs) -> Result<(), Failure> {
             code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),
         },
         Verb::Relay(args) => relay::run(args),
+        Verb::Load { plan } => Ok(lab::experiment::engine::run(&plan)?),
         Verb::Traffic { command } => match traffic::run(&TrafficCommand::from_json(&command)?)? {
             0 => Ok(()),
             code => Err(Failure::Code(u8::try_from(code).unwrap_or(1))),

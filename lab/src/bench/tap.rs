@@ -99,7 +99,7 @@ impl Tap {
 }
 
 /// Reads what tcpdump says until it listens.
-fn until_it_listens(child: &mut Child) -> Result<String> {
+pub(crate) fn until_it_listens(child: &mut Child) -> Result<String> {
     let stderr = child.stderr.as_mut().context("no standard error")?;
     let (mut said, mut byte) = (Vec::new(), [0]);
     while stderr.read(&mut byte)? == 1 {
@@ -130,7 +130,7 @@ fn wait_for_file(file: &Path, deadline: Instant, complete: impl Fn(&Capture) -> 
 
 /// The sum of all packets that tcpdump says were dropped, by the kernel or by the interface. The first of these lines is
 /// always there when it ends as it should.
-fn dropped(said: &str) -> Option<u64> {
+pub(crate) fn dropped(said: &str) -> Option<u64> {
     let mut sum = None;
     for line in said.lines() {
         let Some((count, what)) = line.trim().split_once(' ') else {
