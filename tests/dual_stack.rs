@@ -425,3 +425,42 @@ fn pods_with_ipv6_only(#[values(NodeHybrid, Inpod)] variant: Variant) {
     assert!(!attempt.ok);
     ambidex(&scene.lab, "verify").with_code(0);
 }
+
+/// Connections of one family are led past the proxy: the pod is closed in both, and open again when that is over.
+#[rstest]
+#[case::node(NodeHybrid, "node1")]
+#[case::inpod(Inpod, "pod1-1")]
+fn what_passes_by_in_one_family_is_closed_in_both(#[case] variant: Variant, #[case] place: &str) {
+    let mut spec = spec(variant);
+    spec.mends = true;
+    let scene = own(&spec);
+    let address = scene.ip6("pod1-1");
+    let (past, back) = match variant {
+        Inpod => (
+            "ip6tables -t nat -I OUTPUT -p tcp -j ACCEPT".to_owned(),
+            "ip6tables -t nat -D OUTPUT -p tcp -j ACCEPT".to_owned(),
+        ),
+        _ => (
+            format!("ip -6 rule add pref 50 from {address} lookup main"),
+            format!("ip -6 rule del pref 50 from {address} lookup main"),
+        ),
+    };
+    let before = [scene.dump("node1"), scene.dump("pod1-1")];
+    run(&scene, place, &past);
+    let verify = || ambidex(&scene.lab, "verify alpha/pod1-1");
+    eventually("the pod is closed", PATIENCE * 2, || {
+        verify().stdout.contains("its TCP is stopped in")
+    });
+    for to in [scene.at("plain1"), scene.at6("plain1")] {
+        let outcome = scene.attempt("pod1-1", to, Check::Who, Duration::from_secs(2));
+        assert_eq!(outcome.saw, Some(Saw::Timeout), "{to}: {outcome:?}");
+    }
+    run(&scene, place, &back);
+    eventually("the pod is open", PATIENCE * 2, || verify().code == 0);
+    eventually("nothing is left of it", PATIENCE, || {
+        before == [scene.dump("node1"), scene.dump("pod1-1")]
+    });
+    for to in [scene.at("plain1"), scene.at6("plain1")] {
+        scene.check("pod1-1", to, Check::Who);
+    }
+}

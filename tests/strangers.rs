@@ -14,6 +14,7 @@ use harness::Variant::{self, Inpod, NodeHybrid};
 use harness::{Stage, eventually, own};
 use host_net::netns::Netns;
 use lab::standing::{Daemon, Lab};
+use lab::topology::Families;
 use rstest::rstest;
 use runtime::{Sandbox, ambidex, assert_same, dumps, start_agent, state_of};
 
@@ -125,6 +126,41 @@ fn a_pod_of_another_mesh_is_refused(#[values(NodeHybrid, Inpod)] variant: Varian
         sandbox.del(lab);
     }
     sandbox.destroy(lab);
+}
+
+/// The same by IPv6 alone: every rule of IPv4 may be another's and every one of IPv6 nobody's, and the other way round.
+#[test]
+fn a_pod_of_another_mesh_by_ipv6_is_refused() {
+    let mut spec = Inpod.spec();
+    spec.families = Families::Dual;
+    let scene = own(&spec);
+    let lab = &scene.lab;
+    lab.del_pod("pod1-1").unwrap();
+    let sandbox = Sandbox::of(lab, "pod1-1");
+    sh(
+        &Netns::open(&sandbox.netns).unwrap(),
+        "ip -6 rule add pref 32764 fwmark 0x111/0xfff lookup 100
+        ip -6 route add local ::/0 dev lo table 100
+        ip6tables-nft -t nat -N ISTIO_OUTPUT
+        ip6tables-nft -t nat -A OUTPUT -j ISTIO_OUTPUT
+        ip6tables-nft -t nat -A ISTIO_OUTPUT ! -d ::1/128 -p tcp -j REDIRECT --to-ports 15001",
+    );
+    let before = state(lab, &sandbox);
+    let refusal = format!("{:#}", lab.add_pod("pod1-1").unwrap_err());
+    let details = refusal.as_str();
+    for part in [
+        "Nothing was changed",
+        "chain ISTIO_OUTPUT in table nat of ip6tables-nft (a name of Istio ambient)",
+        "ip6tables-nft -w -t nat -D OUTPUT -j ISTIO_OUTPUT",
+        "ip -6 rule del pref 32764",
+        "ip -6 route del ::/0 table 100",
+    ] {
+        assert!(details.contains(part), "no {part:?} in {details}");
+    }
+    assert_same("refused", &before, &state(lab, &sandbox));
+    follow(lab, details);
+    lab.add_pod("pod1-1").unwrap();
+    ambidex(lab, "verify alpha/pod1-1").with_code(0);
 }
 
 /// What only differs is told with the difference.

@@ -32,6 +32,10 @@ const LISTENING: u32 = 1 << 10;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
+/// Size of an `inet_diag_msg`; attributes follow it.
+const MESSAGE: usize = 72;
+/// `INET_DIAG_SKV6ONLY`, which every listener of IPv6 has.
+const ONLY_IPV6: u16 = 11;
 const BUFFER: usize = 64 << 10;
 const ANSWER_WITHIN_S: i64 = 5;
 
@@ -54,12 +58,14 @@ impl Listeners {
         })
     }
 
-    /// The addresses that are listened on at this moment.
+    /// The addresses that are listened on at this moment. A socket of IPv6 that takes connections of IPv4 too listens on
+    /// both wildcard addresses.
     pub fn now(&self) -> io::Result<BTreeSet<SocketAddr>> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let mut found = BTreeSet::new();
         ask(&socket, LISTENING, &mut |message| {
-            found.extend(local_address(message))
+            found.extend(local_address(message));
+            found.extend(also_by_ipv4(message));
         })?;
         Ok(found)
     }
@@ -158,6 +164,27 @@ fn local_address(message: &[u8]) -> Option<SocketAddr> {
     address(message, 4, 8)
 }
 
+/// What a listener of IPv6 listens on by IPv4: nothing where it was made for IPv6 alone (`INET_DIAG_SKV6ONLY`), or is bound
+/// to an address.
+fn also_by_ipv4(message: &[u8]) -> Option<SocketAddr> {
+    let local = local_address(message)?;
+    if local.is_ipv4() || !local.ip().is_unspecified() {
+        return None;
+    }
+    let mut rest = message.get(MESSAGE..)?;
+    while let Some(header) = rest.first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let kind = u16::from_ne_bytes([header[2], header[3]]);
+        let value = rest.get(4..length)?;
+        if kind == ONLY_IPV6 {
+            let both = value.first() == Some(&0);
+            return both.then(|| (Ipv4Addr::UNSPECIFIED, local.port()).into());
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    None
+}
+
 fn address(message: &[u8], port_at: usize, ip_at: usize) -> Option<SocketAddr> {
     let port = u16::from_be_bytes(*message.get(port_at..)?.first_chunk()?);
     let ip = message.get(ip_at..)?;
@@ -194,6 +221,20 @@ mod tests {
         assert_eq!(listeners.now().unwrap(), BTreeSet::new());
     }
 
+    #[test]
+    fn a_socket_of_both_families_is_seen_in_both() {
+        let netns = Netns::create_unnamed().unwrap();
+        let listen = |only_v6| {
+            crate::sysctl::write(&netns, "net/ipv6/bindv6only", only_v6).unwrap();
+            netns.run(|| TcpListener::bind("[::]:0")).unwrap().unwrap()
+        };
+        let (both, one) = (listen("0"), listen("1"));
+        let [both_at, one_at] = [&both, &one].map(|socket| socket.local_addr().unwrap());
+        let by_ipv4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, both_at.port()));
+        let found = Listeners::of(&netns).unwrap().now().unwrap();
+        assert_eq!(found, BTreeSet::from([by_ipv4, both_at, one_at]));
+    }
+
     proptest! {
         #[test]
         fn arbitrary_datagrams_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
@@ -209,7 +250,7 @@ mod tests {
             datagram.extend([0; 10]);
             datagram.extend(bytes);
             let _ = collect(&datagram, &mut |message| {
-                local_address(message);
+                also_by_ipv4(message);
                 connections::parse(message);
             });
         }

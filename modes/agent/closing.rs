@@ -7,15 +7,17 @@
 //! as all others: journalled, mended while the pod is closed, and undone with the pod.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use host_net::engine;
 use host_net::plan::{ChainRule, Family, Place, Plan, Position, Step, Table};
+use ipnet::IpNet;
 use serde::Serialize;
 use shared_proxy::capture::HBONE_PORT;
 use shared_proxy::probe;
 
+use super::node::has_ipv6;
 use super::{Agent, Pod, removal};
 use crate::options::Capture;
 
@@ -58,66 +60,72 @@ impl Closings {
 /// All TCP but tunnels and the probe.
 const STOPPED: &str = "-p tcp -m multiport ! --ports";
 
-/// The rules on the node.
-fn on_node(uid: &str, address: Ipv4Addr) -> Plan {
-    let probe = probe::ADDRESS.ip();
-    rules(
-        removal::closing_on_node(uid),
-        [
-            (
-                "FORWARD",
-                format!("-s {address}/32 ! -d {probe}/32 {STOPPED} {HBONE_PORT} -j DROP"),
-            ),
-            (
-                "FORWARD",
-                format!("! -s {probe}/32 -d {address}/32 {STOPPED} {HBONE_PORT} -j DROP"),
-            ),
-        ],
-    )
-}
-
-/// The rules in the pod's namespace. What the capture has redirected goes to 127.0.0.1 when it gets here.
-fn in_pod(uid: &str) -> Plan {
-    rules(
-        removal::closing_in_pod(uid),
-        [
-            (
-                "OUTPUT",
-                format!("! -d 127.0.0.0/8 ! -o lo {STOPPED} {HBONE_PORT} -j DROP"),
-            ),
-            ("INPUT", format!("! -i lo {STOPPED} {HBONE_PORT} -j DROP")),
-        ],
-    )
-}
-
-fn rules(name: String, rules: [(&str, String); 2]) -> Plan {
-    let step = |(chain, rule): (&str, String)| {
-        Step::ChainRule(ChainRule {
-            family: Family::V4,
-            table: Table::Filter,
-            chain: chain.to_owned(),
-            rule,
-            position: Position::First,
-        })
+/// The rules on the node, for each of a pod's addresses.
+fn on_node(uid: &str, addresses: &[IpAddr]) -> Plan {
+    let of_address = |address: &IpAddr| {
+        let (family, probe) = match address {
+            IpAddr::V4(_) => (Family::V4, probe::ADDRESS.ip()),
+            IpAddr::V6(_) => (Family::V6, probe::ADDRESS6.ip()),
+        };
+        let (address, probe) = (IpNet::from(*address), IpNet::from(probe));
+        let out = format!("-s {address} ! -d {probe} {STOPPED} {HBONE_PORT} -j DROP");
+        let back = format!("! -s {probe} -d {address} {STOPPED} {HBONE_PORT} -j DROP");
+        [out, back].map(|rule| stops(family, "FORWARD", rule))
     };
     Plan {
-        name,
-        steps: rules.into_iter().map(step).collect(),
+        name: removal::closing_on_node(uid),
+        steps: addresses.iter().flat_map(of_address).collect(),
     }
 }
 
+/// The rules in the pod's namespace. What the capture has redirected goes to the loopback address when it gets here.
+fn in_pod(uid: &str, families: &[Family]) -> Plan {
+    let of_family = |family: &Family| {
+        let loopback = match family {
+            Family::V4 => "127.0.0.0/8",
+            Family::V6 => "::1/128",
+        };
+        let out = format!("! -d {loopback} ! -o lo {STOPPED} {HBONE_PORT} -j DROP");
+        let back = format!("! -i lo {STOPPED} {HBONE_PORT} -j DROP");
+        [("OUTPUT", out), ("INPUT", back)].map(|(chain, rule)| stops(*family, chain, rule))
+    };
+    Plan {
+        name: removal::closing_in_pod(uid),
+        steps: families.iter().flat_map(of_family).collect(),
+    }
+}
+
+fn stops(family: Family, chain: &str, rule: String) -> Step {
+    Step::ChainRule(ChainRule {
+        family,
+        table: Table::Filter,
+        chain: chain.to_owned(),
+        rule,
+        position: Position::First,
+    })
+}
+
 impl Agent {
-    /// The plans that close a pod, with their places.
+    /// The plans that close a pod, with their places. IPv6 that is not captured is dropped already, and closed all the same
+    /// where there is IPv6: what stands for that may be what is broken.
     fn closing_plans(&self, pod: &Pod) -> Vec<(Place, Plan)> {
         let mut plans = Vec::new();
         if pod.mode == Capture::Inpod
             && let Ok(netns) = pod.open_netns()
         {
             let label = format!("pod {}", pod.qualified_name());
-            plans.push((Place { label, netns }, in_pod(&pod.uid)));
+            let families: &[Family] = match has_ipv6(&netns) {
+                true => &[Family::V4, Family::V6],
+                false => &[Family::V4],
+            };
+            plans.push((Place { label, netns }, in_pod(&pod.uid, families)));
         }
-        if let Some(address) = pod.ipv4().next() {
-            plans.push((self.host_place(), on_node(&pod.uid, address)));
+        let mut addresses = pod.addresses.clone();
+        if !has_ipv6(&self.host) {
+            addresses.retain(IpAddr::is_ipv4);
+        }
+        if !addresses.is_empty() {
+            plans.push((self.host_place(), on_node(&pod.uid, &addresses)));
         }
         plans
     }
@@ -218,15 +226,22 @@ mod tests {
 
     #[test]
     fn tunnels_and_the_probe_pass_a_closed_pod() {
-        let plan = on_node("u", Ipv4Addr::new(10, 0, 0, 1));
+        let addresses = ["10.0.0.1", "fd00::1"].map(|address| address.parse().unwrap());
+        let plan = on_node("u", &addresses);
         let commands = host_net::commands::as_commands(&plan).join("\n");
         for part in [
             "-s 10.0.0.1/32 ! -d 169.254.7.126/32 -p tcp -m multiport ! --ports 15008 -j DROP",
             "! -s 169.254.7.126/32 -d 10.0.0.1/32 -p tcp -m multiport ! --ports 15008 -j DROP",
+            "-s fd00::1/128 ! -d PROBE -p tcp -m multiport ! --ports 15008 -j DROP",
+            "! -s PROBE -d fd00::1/128 -p tcp -m multiport ! --ports 15008 -j DROP",
         ] {
-            assert!(commands.contains(part), "{commands}");
+            let part = part.replace("PROBE", &format!("{}/128", probe::ADDRESS6.ip()));
+            assert!(commands.contains(&part), "{part}: {commands}");
         }
         assert_eq!(removal::pod_of_record(&plan.name), Some("u"));
-        assert_eq!(removal::pod_of_record(&in_pod("u").name), Some("u"));
+        assert_eq!(
+            removal::pod_of_record(&in_pod("u", &[Family::V4]).name),
+            Some("u")
+        );
     }
 }

@@ -254,7 +254,12 @@ impl Agent {
                 (Ok(_), Capture::Node) => wrong.extend(node_listeners.iter().cloned()),
                 (Ok(netns), Capture::Inpod) => {
                     if let Some(kept) = memory.places.get_mut(&netns.id()) {
-                        wrong.extend(kept.lacking_listeners(&self.pod_ports(pod)));
+                        wrong.extend(
+                            kept.lacking_listeners(
+                                &self.pod_ports(pod),
+                                &self.captured_families(pod),
+                            ),
+                        );
                     }
                 }
             }

@@ -263,7 +263,17 @@ fn removal(netns: &Netns, strangers: &[Stranger]) -> Vec<String> {
             let ip = if rule.family.is_v4() { "ip" } else { "ip -6" };
             Some(format!("{ip} rule del pref {}", rule.priority()))
         }
-        Stranger::Route(route) => Some(format!("ip route del {} table {}", route.dst, route.table)),
+        Stranger::Route(route) => {
+            let ip = if route.dst.addr().is_ipv4() {
+                "ip"
+            } else {
+                "ip -6"
+            };
+            Some(format!(
+                "{ip} route del {} table {}",
+                route.dst, route.table
+            ))
+        }
         Stranger::Set { name, .. } => Some(format!("ipset destroy {name}")),
         Stranger::Device(name) => Some(format!("ip link del {name}")),
     }));

@@ -8,11 +8,12 @@ pub(super) mod live;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use futures_util::StreamExt;
 use futures_util::stream;
 use host_net::netns::Netns;
+use host_net::plan::Family;
 use host_net::sockets::Listeners;
 use inpod_redirect::zds::messages::WorkloadState;
 use serde::{Deserialize, Serialize};
@@ -167,7 +168,10 @@ impl Agent {
         let taken = netns.as_ref().ok().filter(|_| !drains);
         if let Some(netns) = taken {
             let listeners = match pod.mode {
-                Capture::Inpod => missing_listeners(netns, &self.pod_ports(pod), POD_PLACE),
+                Capture::Inpod => {
+                    let families = self.captured_families(pod);
+                    missing_listeners(netns, &self.pod_ports(pod), &families, POD_PLACE)
+                }
                 Capture::Node => self.node_listeners(),
             };
             note(Aspect::Listeners, listeners);
@@ -177,7 +181,8 @@ impl Agent {
             note(Aspect::Open, vec![closed]);
         }
         if let Some(netns) = taken {
-            let trouble = live::probe(pod, netns).await.err();
+            let families = self.captured_families(pod);
+            let trouble = live::probe(pod, netns, &families).await.err();
             note(
                 Aspect::Probe,
                 trouble.iter().map(ToString::to_string).collect(),
@@ -225,7 +230,21 @@ impl Agent {
         if self.config.variant.same_node == SameNode::Hbone {
             wanted.push(SAME_NODE_HBONE_PORT);
         }
-        missing_listeners(&setup.proxy, &wanted, PROXY_PLACE)
+        let families: &[Family] = match setup.host_facts.ends6 {
+            Some(_) => &[Family::V4, Family::V6],
+            None => &[Family::V4],
+        };
+        missing_listeners(&setup.proxy, &wanted, families, PROXY_PLACE)
+    }
+
+    /// The families in which a pod's connections are to reach the proxy, IPv4 first.
+    pub(super) fn captured_families(&self, pod: &Pod) -> Vec<Family> {
+        let by_ipv6 = pod.addresses.iter().any(IpAddr::is_ipv6) && self.captures_ipv6(pod);
+        // Pods of agents that were told no address are taken for what most are.
+        let by_ipv4 = pod.ipv4().next().is_some() || !by_ipv6;
+        let families = [(by_ipv4, Family::V4), (by_ipv6, Family::V6)];
+        let captured = families.into_iter().filter(|(captured, _)| *captured);
+        captured.map(|(_, family)| family).collect()
     }
 
     /// What the proxy says of its pods.
@@ -280,29 +299,78 @@ fn ports(dns: bool) -> Vec<u16> {
     ports
 }
 
-fn missing_listeners(netns: &Netns, wanted: &[u16], place: &str) -> Vec<String> {
+fn missing_listeners(
+    netns: &Netns,
+    wanted: &[u16],
+    families: &[Family],
+    place: &str,
+) -> Vec<String> {
     match Listeners::of(netns).and_then(|listeners| listeners.now()) {
-        Ok(listening) => lacking(&listening, wanted, place),
+        Ok(listening) => lacking(&listening, wanted, families, place),
         Err(error) => vec![format!("asking who listens in {place}: {error}")],
     }
 }
 
-/// The wanted ports that are not listened on at every address. DNS is answered where queries are redirected to: in a pod that
+/// The wanted ports that are not listened on at every address of each of these families. DNS is answered where queries are redirected to: in a pod that
 /// is its loopback.
 pub(super) fn lacking(
     listening: &BTreeSet<SocketAddr>,
     wanted: &[u16],
+    families: &[Family],
     place: &str,
 ) -> Vec<String> {
-    let everywhere = |port: u16| {
-        move |at: &SocketAddr| {
+    let is_there = |port: u16, family: Family| {
+        listening.iter().any(|at| {
             let local = port == DNS_PORT && at.ip().is_loopback();
-            at.port() == port && (at.ip().is_unspecified() || local)
-        }
+            at.port() == port
+                && at.is_ipv4() == family.is_v4()
+                && (at.ip().is_unspecified() || local)
+        })
     };
-    wanted
-        .iter()
-        .filter(|port| !listening.iter().any(everywhere(**port)))
-        .map(|port| format!("nobody listens on port {port} in {place}"))
-        .collect()
+    let lacks = |port: &u16| {
+        let missing = families.iter().filter(|family| !is_there(*port, **family));
+        let missing: Vec<&Family> = missing.collect();
+        let how = match missing[..] {
+            [] => return None,
+            [one] if families.len() > 1 => match one {
+                Family::V4 => " by IPv4",
+                Family::V6 => " by IPv6",
+            },
+            _ => "",
+        };
+        Some(format!("nobody listens on port {port}{how} in {place}"))
+    };
+    wanted.iter().filter_map(lacks).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn a_listener_of_one_family_is_none_of_the_other() {
+        let listening = [
+            "0.0.0.0:15001",
+            "[::]:15001",
+            "0.0.0.0:15006",
+            "[::]:15008",
+            "127.0.0.1:15053",
+            "127.0.0.1:15088",
+        ];
+        let listening = listening.map(|at| at.parse().unwrap()).into();
+        let lacking = |families: &[Family]| {
+            let wanted = [15001, 15006, 15008, DNS_PORT, 15088];
+            lacking(&listening, &wanted, families, "P").join("; ")
+        };
+        assert_eq!(
+            lacking(&[Family::V4, Family::V6]),
+            "nobody listens on port 15006 by IPv6 in P; nobody listens on port 15008 by IPv4 in P; \
+             nobody listens on port 15053 by IPv6 in P; nobody listens on port 15088 in P"
+        );
+        assert_eq!(
+            lacking(&[Family::V4]),
+            "nobody listens on port 15008 in P; nobody listens on port 15088 in P"
+        );
+    }
 }

@@ -16,7 +16,7 @@ use shared_proxy::capture::{
 use shared_proxy::telemetry::admin::{ADMIN_PORT, METRICS_PORT, READINESS_PORT};
 
 use super::catalogue::{BOTH, Check, Found, INPOD, NODE};
-use super::facts::{Daemon, Device, Facts, NODE_PLAN};
+use super::facts::{Daemon, Device, Facts, NODE_PLAN, PolicyRule};
 use super::filters::HOST_MARKS;
 
 /// Preferences of the node capture's rules.
@@ -50,13 +50,11 @@ pub(super) static CHECKS: [Check; 13] = [
         title: "preferences 99 to 103 of policy routing are free",
         modes: NODE,
         why: "the order of rules decides, and a rule of somebody else between ours changes where captured packets go",
-        fix: "let its owner choose another preference than 99 to 103; by hand: ip rule del pref OBJECT",
+        fix: "let its owner choose another preference than 99 to 103; by hand: ip rule del pref N, or ip -6 rule del pref N",
         look: |facts| {
-            let foreign = facts.rules.iter().filter(|rule| {
-                rule.family == Family::V4 && !rule.ours && NODE_RULES.contains(&rule.priority)
-            });
+            let foreign = foreign_rules(facts).filter(|rule| NODE_RULES.contains(&rule.priority));
             foreign
-                .map(|rule| Found::fail(rule.priority.to_string(), &rule.text))
+                .map(|rule| Found::fail(called(rule), &rule.text))
                 .collect()
         },
     },
@@ -67,13 +65,10 @@ pub(super) static CHECKS: [Check; 13] = [
         why: "what it leads elsewhere does not reach the proxy",
         fix: "let its owner choose a preference above 103, or --mode inpod",
         look: |facts| {
-            let before = facts.rules.iter().filter(|rule| {
-                rule.family == Family::V4
-                    && !rule.ours
-                    && (1..*NODE_RULES.start()).contains(&rule.priority)
-            });
+            let before = foreign_rules(facts)
+                .filter(|rule| (1..*NODE_RULES.start()).contains(&rule.priority));
             before
-                .map(|rule| Found::warn(rule.priority.to_string(), &rule.text))
+                .map(|rule| Found::warn(called(rule), &rule.text))
                 .collect()
         },
     },
@@ -84,15 +79,12 @@ pub(super) static CHECKS: [Check; 13] = [
         why: "the marks are bits of one number, and captured packets would follow that rule too",
         fix: "let its owner use other bits than 0x3f8, or --mode inpod",
         look: |facts| {
-            let foreign = facts.rules.iter().filter(|rule| {
-                rule.family == Family::V4
-                    && !rule.ours
-                    && rule
-                        .mark
-                        .is_some_and(|mark| mark.mask & mark.value & HOST_MARKS != 0)
+            let foreign = foreign_rules(facts).filter(|rule| {
+                rule.mark
+                    .is_some_and(|mark| mark.mask & mark.value & HOST_MARKS != 0)
             });
             foreign
-                .map(|rule| Found::fail(rule.priority.to_string(), &rule.text))
+                .map(|rule| Found::fail(called(rule), &rule.text))
                 .collect()
         },
     },
@@ -101,17 +93,20 @@ pub(super) static CHECKS: [Check; 13] = [
         title: "routing tables 100 to 103 are free",
         modes: NODE,
         why: "every packet of the node is looked up in table 100, and captured ones in the others",
-        fix: "let its owner choose another table; by hand: ip route flush table OBJECT",
+        fix: "let its owner choose another table; by hand: ip route flush table N, or ip -6 route flush table N",
         look: |facts| {
-            let tables = node_tables().filter_map(|table| {
-                let mut foreign = facts
-                    .routes
-                    .iter()
-                    .filter(|route| route.table == table && !route.ours);
-                let first = foreign.next()?;
-                Some(Found::fail(table.to_string(), &first.text))
+            let tables = node_tables().flat_map(|table| {
+                [(Family::V4, ""), (Family::V6, BY_IPV6)].map(|family| (table, family))
             });
-            tables.collect()
+            let clash = |(table, (family, suffix)): (u32, (Family, &str))| {
+                let mut foreign = facts.routes.iter().filter(|route| {
+                    let of_family = route.dst.addr().is_ipv4() == family.is_v4();
+                    route.table == table && !route.ours && of_family && facts.may_capture(family)
+                });
+                let first = foreign.next()?;
+                Some(Found::fail(format!("{table}{suffix}"), &first.text))
+            };
+            tables.filter_map(clash).collect()
         },
     },
     Check {
@@ -244,6 +239,22 @@ pub(super) static CHECKS: [Check; 13] = [
         },
     },
 ];
+
+/// Behind a number that exists in both families.
+const BY_IPV6: &str = " of IPv6";
+
+/// Rules of policy routing that somebody else made, of the families that the node may capture.
+fn foreign_rules(facts: &Facts) -> impl Iterator<Item = &PolicyRule> {
+    let matters = |rule: &&PolicyRule| !rule.ours && facts.may_capture(rule.family);
+    facts.rules.iter().filter(matters)
+}
+
+fn called(rule: &PolicyRule) -> String {
+    match rule.family {
+        Family::V4 => rule.priority.to_string(),
+        Family::V6 => format!("{}{BY_IPV6}", rule.priority),
+    }
+}
 
 fn taken(facts: &Facts, ports: &[u16], found: impl Fn(u16) -> Found) -> Vec<Found> {
     let is_taken = |port: &&u16| {

@@ -302,6 +302,12 @@ impl Facts {
         self.devices.iter().find(|device| device.name == name)
     }
 
+    /// Whether the node capture, which begins with IPv4, may capture this family here: IPv6 where it is forwarded.
+    pub(super) fn may_capture(&self, family: Family) -> bool {
+        let forwards = |on: u64| on != 0;
+        family.is_v4() || self.number(FORWARDS_IPV6).is_some_and(forwards)
+    }
+
     /// Why a feature does not work, if it was tried and does not.
     pub(super) fn lacks(&self, feature: Feature) -> Option<&str> {
         self.features.get(&feature)?.as_deref()
@@ -346,6 +352,8 @@ impl Facts {
     }
 }
 
+/// Whether the node forwards IPv6, without which it captures none.
+pub(super) const FORWARDS_IPV6: &str = "net/ipv6/conf/all/forwarding";
 /// Under this name the journal has the node capture's objects on the node.
 pub(super) const NODE_PLAN: &str = "host-node";
 /// The main routing table.

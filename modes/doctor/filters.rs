@@ -169,10 +169,11 @@ fn is_iptables_table(line: &str) -> bool {
         )
 }
 
-/// What a check finds in the IPv4 rules of others.
+/// What a check finds in the rules of others, of the families that may be captured.
 fn each_rule<'a>(facts: &'a Facts, look: impl Fn(&Line<'a>) -> Option<Found>) -> Vec<Found> {
+    let by_ipv6 = facts.may_capture(Family::V6);
     let rules = facts.filters.iter().filter_map(|line| {
-        if line.starts_with("iptables-") {
+        if line.starts_with("iptables-") || by_ipv6 && line.starts_with("ip6tables-") {
             let (before, text) = line.split_once(" -A ")?;
             let chain = text.split(' ').next()?;
             let own = OWN_CHAINS.iter().any(|start| chain.starts_with(start));
@@ -180,8 +181,8 @@ fn each_rule<'a>(facts: &'a Facts, look: impl Fn(&Line<'a>) -> Option<Found>) ->
             return (!own).then_some(Line { table, chain, text });
         }
         let (table, text) = line.strip_prefix("nft ")?.split_once(" | ")?;
-        let ipv4 = !table.starts_with("ip6 ") && !text.contains("nfproto ipv6");
-        ipv4.then_some(Line {
+        let only_ipv6 = table.starts_with("ip6 ") || text.contains("nfproto ipv6");
+        (by_ipv6 || !only_ipv6).then_some(Line {
             table: None,
             chain: table,
             text,

@@ -96,12 +96,12 @@ impl Kept {
             .is_none_or(|looked| looked.elapsed() >= self.every)
     }
 
-    pub(super) fn lacking_listeners(&mut self, wanted: &[u16]) -> Vec<String> {
+    pub(super) fn lacking_listeners(&mut self, wanted: &[u16], families: &[Family]) -> Vec<String> {
         if self.listeners.is_none() {
             self.listeners = Listeners::of(&self.netns).ok();
         }
         match self.listeners.as_ref().map(Listeners::now) {
-            Some(Ok(listening)) => verify::lacking(&listening, wanted, verify::POD_PLACE),
+            Some(Ok(listening)) => verify::lacking(&listening, wanted, families, verify::POD_PLACE),
             Some(Err(error)) => {
                 self.listeners = None;
                 vec![error.to_string()]

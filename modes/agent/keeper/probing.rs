@@ -68,10 +68,10 @@ impl Agent {
         pods: &[(&Pod, &Netns)],
         found: &mut Found,
     ) {
-        let asked = turns
-            .next(pods)
-            .into_iter()
-            .map(|(pod, netns)| async move { (&pod.uid, live::probe(pod, netns).await) });
+        let asked = turns.next(pods).into_iter().map(|(pod, netns)| async move {
+            let families = self.captured_families(pod);
+            (&pod.uid, live::probe(pod, netns, &families).await)
+        });
         for (uid, outcome) in futures_util::future::join_all(asked).await {
             let Err(trouble) = outcome else {
                 turns.suspects.remove(uid);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use host_net::netns::Netns;
+use host_net::plan::Family;
 use shared_proxy::probe::{self, Answer, Question, Reached};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -35,21 +36,28 @@ impl From<anyhow::Error> for Trouble {
     }
 }
 
-/// Probes a pod.
-pub(in crate::agent) async fn probe(pod: &Pod, netns: &Netns) -> Result<(), Trouble> {
-    timeout(WITHIN, ask(pod, netns)).await.unwrap_or_else(|_| {
-        Err(Trouble::NotAnswered(format!(
-            "no answer from {} within {WITHIN:?}: a connection was taken and the proxy does not answer",
-            probe::ADDRESS
-        )))
-    })
+/// Probes a pod in each of these families: each has rules of its own.
+pub(in crate::agent) async fn probe(
+    pod: &Pod,
+    netns: &Netns,
+    families: &[Family],
+) -> Result<(), Trouble> {
+    for family in families {
+        let address = match family {
+            Family::V4 => probe::ADDRESS,
+            Family::V6 => probe::ADDRESS6,
+        };
+        let asked = timeout(WITHIN, ask(pod, netns, address)).await;
+        asked.unwrap_or_else(|_| {
+            Err(Trouble::NotAnswered(format!(
+                "no answer from {address} within {WITHIN:?}: a connection was taken and the proxy does not answer"
+            )))
+        })?;
+    }
+    Ok(())
 }
 
-async fn ask(pod: &Pod, netns: &Netns) -> Result<(), Trouble> {
-    let address = match pod.ipv4().next() {
-        Some(_) => probe::ADDRESS,
-        None => probe::ADDRESS6,
-    };
+async fn ask(pod: &Pod, netns: &Netns, address: SocketAddr) -> Result<(), Trouble> {
     let mut stream = connect(netns, address).await?;
     let question = Question {
         nonce: format!("{:032x}", rand::random::<u128>()),

@@ -17,7 +17,8 @@ use node_redirect::facts::{LIVE_PODS_SET, PODS_SET};
 use shared_proxy::telemetry::admin::READINESS_PORT;
 
 use super::super::facts::{
-    Assigned, Device, Facts, FilledTable, KnownRoute, KnownSet, Namespace, PolicyRule, Tunnel,
+    Assigned, Device, FORWARDS_IPV6, Facts, FilledTable, KnownRoute, KnownSet, Namespace,
+    PolicyRule, Tunnel,
 };
 use super::super::filters::mesh_of;
 use super::note;
@@ -27,7 +28,8 @@ const TABLE_LOCAL: u32 = 255;
 /// Named namespaces that are looked at, at most.
 const NAMESPACES: usize = 512;
 /// Sysctls of a namespace that are no device's.
-const SETTINGS: [&str; 5] = [
+const SETTINGS: [&str; 6] = [
+    FORWARDS_IPV6,
     "net/ipv4/ip_forward",
     "net/ipv4/tcp_fwmark_accept",
     "net/ipv4/fwmark_reflect",
