@@ -18,7 +18,7 @@ use harness::wire::Tap;
 use harness::{Scene, assert_same_dump, eventually, own};
 use host_net::netns::Netns;
 use inpod_redirect::facts::PROBE_ADDRESS6;
-use lab::topology::{Families, SERVICE_PORT, SERVICE_VIP, ipv6};
+use lab::topology::{Cni, Families, SERVICE_PORT, SERVICE_VIP, ipv6};
 use lab::traffic::{Check, Saw};
 use rstest::rstest;
 use runtime::{Sandbox, ambidex};
@@ -423,6 +423,38 @@ fn pods_with_ipv6_only(#[values(NodeHybrid, Inpod)] variant: Variant) {
     assert_eq!(line["dst.identity"], *scene.identity("pod2-1"), "{line}");
     let attempt = scene.attempt("pod1-1", scene.at("pod2-1"), Check::Who, SECONDS);
     assert!(!attempt.ok);
+    ambidex(&scene.lab, "verify").with_code(0);
+}
+
+/// Pods of one bridge are each other's neighbours, by both families: captured all the same, and nobody takes their place.
+#[test]
+fn pods_on_a_bridge() {
+    let mut spec = spec(Inpod);
+    spec.cni = Cni::Bridge;
+    let scene = own(&spec);
+    let veth = scene.pod("pod1-1").veth;
+    for (to, target, device) in [
+        ("pod2-1", "node1", "eth0"),
+        ("pod1-2", "node1", veth.as_str()),
+    ] {
+        let between = format!("host {} and host {}", scene.ip6("pod1-1"), scene.ip6(to));
+        let tap = scene.tap(target, device, &between);
+        let marked = scene.check("pod1-1", scene.at6(to), Check::Marker { marker: None });
+        assert_encrypted(&scene, tap, &marked.marker.unwrap());
+    }
+    let ip6 = |target| IpAddr::from(scene.ip6(target));
+    let service = SocketAddr::from((ipv6::twin(SERVICE_VIP), SERVICE_PORT));
+    for (from, to, seen) in [
+        ("pod1-1", scene.at6("pod1-2"), ip6("pod1-1")),
+        ("pod1-1", service, ip6("pod1-1")),
+        ("plain1", service, ip6("plain1")),
+        ("plain1", scene.at6("pod1-1"), ip6("plain1")),
+        ("pod1-1", scene.at6("plain1"), ip6("pod1-1")),
+        ("node1", scene.at6("pod1-1"), PROBE_ADDRESS6.into()),
+        ("pod1-1", scene.at("pod1-2"), scene.ip("pod1-1").into()),
+    ] {
+        assert_eq!(scene.seen(from, to), seen, "{from} to {to}");
+    }
     ambidex(&scene.lab, "verify").with_code(0);
 }
 

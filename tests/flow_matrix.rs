@@ -38,11 +38,11 @@ fn columns() -> Vec<Column> {
             (column.cni == Cni::Routed && !column.v6) || first
         });
     }
-    // Dual-stack bridges are not laid; the other styles of rules in pods drop IPv6, whole.
+    // The other styles of rules in pods drop IPv6, whole.
     columns.retain(|column| {
         let captures_v6 =
             column.is_node() || column.captured == Captured::Inpod(InpodRules::Redirect);
-        !column.v6 || captures_v6 && column.cni == Cni::Routed
+        !column.v6 || captures_v6
     });
     // Refused before any flow could be tried.
     columns.retain(|column| !(column.is_node() && column.cni == Cni::Bridge));

@@ -18,8 +18,11 @@ use crate::topology::{Cni, Kind, Mode, Node, Pod, ipv6};
 
 /// Bound of one call of `ip`. User-Mode Linux needs a second for some.
 const TOOL_LIMIT: Duration = Duration::from_secs(30);
-/// Whether what a bridge switches meets the rules of iptables. Absent where the kernel has no br_netfilter.
-const BRIDGE_NETFILTER: &str = "net/bridge/bridge-nf-call-iptables";
+/// Whether what a bridge switches meets the rules of iptables and ip6tables. Absent where the kernel has no br_netfilter.
+const BRIDGE_NETFILTER: [&str; 2] = [
+    "net/bridge/bridge-nf-call-iptables",
+    "net/bridge/bridge-nf-call-ip6tables",
+];
 /// How long a killed pause process may take to go.
 pub(super) const GONE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -49,8 +52,10 @@ impl Lab {
         if self.spec().cni == Cni::Bridge {
             // As kubeadm's checks want it: without it, answers between pods of a node miss the DNAT of services.
             for node in &topology.nodes {
-                if sysctl::read(&self.netns(&node.name)?, BRIDGE_NETFILTER).is_ok() {
-                    self.write_sysctl(&node.name, BRIDGE_NETFILTER, "1")?;
+                for key in BRIDGE_NETFILTER {
+                    if sysctl::read(&self.netns(&node.name)?, key).is_ok() {
+                        self.write_sysctl(&node.name, key, "1")?;
+                    }
                 }
             }
         }
