@@ -20,6 +20,11 @@ pub struct Entries {
     pub outbound: BTreeMap<(SocketAddr, IpAddr), u64>,
     /// Of proxies to whose pod something was connected: by the addresses of client and server.
     pub inbound: BTreeMap<(IpAddr, IpAddr), u64>,
+    /// Those of them that came without a tunnel, in a few words, the first ones.
+    pub plaintext: Vec<String>,
+    /// Streams of tunnels that ended with an error before a byte had passed, by error: they are no capture of their own,
+    /// because the client's proxy makes the stream again in another tunnel, where it counts.
+    pub repeated: BTreeMap<String, u64>,
 }
 
 /// What is to be in the logs of one connection.
@@ -70,6 +75,11 @@ pub struct Verdict {
     pub missing: u64,
     /// Where, the first ones.
     pub deviations: Vec<Deviation>,
+    /// Streams of tunnels that ended with an error before a byte had passed, by error, and were made again or failed.
+    pub repeated: BTreeMap<String, u64>,
+    /// Connections that came to a pod without a tunnel, the first ones: where all is inside the mesh, those that a proxy's
+    /// own connections were captured as.
+    pub plaintext: Vec<String>,
 }
 
 /// Deviations that are kept.
@@ -107,7 +117,19 @@ impl Entries {
         }
         match line["direction"].as_str() {
             Some("outbound") => *self.outbound.entry((from, to.ip())).or_default() += 1,
-            Some("inbound") => *self.inbound.entry((from.ip(), to.ip())).or_default() += 1,
+            Some("inbound") if line["src.identity"].is_string() && is_repeated(line) => {
+                let error = line["error"].as_str().unwrap_or_default();
+                *self.repeated.entry(error.to_owned()).or_default() += 1;
+            }
+            Some("inbound") => {
+                *self.inbound.entry((from.ip(), to.ip())).or_default() += 1;
+                if line["src.identity"].is_null() && self.plaintext.len() < MOST_DEVIATIONS {
+                    let word = |key: &str| line[key].as_str().unwrap_or("-").to_owned();
+                    let words = ["timestamp", "capture_mode", "duration", "error"].map(word);
+                    self.plaintext
+                        .push(format!("{from} to {to}: {}", words.join(" ")));
+                }
+            }
             _ => {}
         }
     }
@@ -117,6 +139,8 @@ impl Entries {
         let mut verdict = Verdict {
             outbound: self.outbound.values().sum(),
             inbound: self.inbound.values().sum(),
+            plaintext: self.plaintext.clone(),
+            repeated: self.repeated.clone(),
             ..Verdict::default()
         };
         let mut outbound: BTreeMap<(SocketAddr, IpAddr), (u64, u64)> = BTreeMap::new();
@@ -149,6 +173,11 @@ impl Entries {
         }
         verdict
     }
+}
+
+fn is_repeated(line: &Value) -> bool {
+    let none = |key: &str| line[key].as_u64() == Some(0);
+    line["error"].is_string() && none("bytes_sent") && none("bytes_recv")
 }
 
 impl Wanted {
@@ -190,7 +219,7 @@ mod tests {
     use super::*;
 
     fn line(direction: &str, from: &str, hbone: Option<&str>, to: &str) -> Value {
-        json!({"target": "access", "direction": direction, "src.addr": from, "dst.hbone_addr": hbone, "dst.addr": to})
+        json!({"target": "access", "direction": direction, "src.addr": from, "dst.hbone_addr": hbone, "dst.addr": to, "src.identity": "spiffe://a/ns/b/sa/c"})
     }
 
     fn expected(from: &str, entries: [Wanted; 2]) -> Expected {
@@ -242,6 +271,22 @@ mod tests {
             let verdict = entries(&lines).judge(&one);
             assert_eq!((verdict.doubles, verdict.missing), (1, 0), "{more}");
             assert_eq!(verdict.deviations.len(), 1, "{more}");
+        }
+    }
+
+    /// A tunnel that went away before a stream of it had begun is no capture; one that carried a byte is.
+    #[test]
+    fn a_stream_that_is_made_again_is_no_double() {
+        let one = [expected(CLIENT, [Wanted::One; 2])];
+        for (bytes, doubles) in [(0, 0), (1, 1)] {
+            let mut lines = once();
+            let mut again = lines[1].clone();
+            again["error"] = json!("the tunnel failed");
+            (again["bytes_sent"], again["bytes_recv"]) = (json!(bytes), json!(0));
+            lines.push(again);
+            let verdict = entries(&lines).judge(&one);
+            assert_eq!(verdict.doubles, doubles);
+            assert_eq!(verdict.repeated.values().sum::<u64>(), 1 - doubles);
         }
     }
 

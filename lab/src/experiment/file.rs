@@ -261,6 +261,9 @@ pub struct Assertions {
     /// Connections inside the mesh that a proxy's access log has no entry of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uncaptured: Option<u64>,
+    /// Streams of tunnels that ended before a byte had passed, and were made again in another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repeated: Option<u64>,
     /// Packets of connections inside the mesh that passed a device in the clear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clear_packets: Option<u64>,

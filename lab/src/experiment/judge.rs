@@ -332,6 +332,10 @@ impl Seen<'_> {
             wanted.uncaptured,
             deviations(true),
         ));
+        let repeated = access.repeated.iter();
+        let evidence = repeated.map(|(error, count)| format!("{count} times: {error}"));
+        let count = access.repeated.values().sum();
+        all.push(judged("repeated", count, wanted.repeated, evidence));
         all.push(self.clear(wanted, packets));
         all.extend(self.times(wanted));
         all

@@ -17,8 +17,8 @@ use crate::standing::{Daemon, Lab, Progress};
 const COMMAND_WITHIN: Duration = Duration::from_secs(60);
 /// How long a switch may take until the agent answers.
 const SWITCH_WITHIN: Duration = Duration::from_secs(120);
-/// Seconds for which connections may go on by the capture that a pod had: longer than any experiment.
-const DRAIN_SECONDS: u32 = 86_400;
+/// How long connections may go on by the capture that a pod had: longer than any experiment.
+const DRAIN: &str = "86400s";
 /// Time between two looks whether an end is wanted.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -215,10 +215,7 @@ impl<'a> Steps<'a> {
                     (span.returns_us, span.returned_us) = (began_us, ended_us);
                 }
             }
-            let held = answer
-                .as_ref()
-                .ok()
-                .and_then(|ledger| ledger["held_us"].as_f64());
+            let held = answer.as_ref().ok().and_then(held_us);
             let error = answer.as_ref().err().map(|error| format!("{error:#}"));
             all.push(Switched {
                 pod: pod.clone(),
@@ -233,21 +230,43 @@ impl<'a> Steps<'a> {
         Ok(all)
     }
 
+    /// Says so to the agent of the pod's node, as an operator does.
     fn tell(&self, name: &str, to: To) -> Result<Value> {
         let topology = self.lab.topology();
         let (node, pod) = topology
             .pod(name)
             .with_context(|| format!("no pod {name}"))?;
-        let page = format!(
-            "/v1/capture?pod={}/{name}&to={}&drain={DRAIN_SECONDS}",
-            pod.namespace,
-            to.word()
-        );
-        let (status, said) = self.lab.tell_agent(node.index, &page, SWITCH_WITHIN)?;
-        if status != 200 {
-            bail!("{}", said.trim());
+        let program = self.lab.spec().programs.ambidex.display().to_string();
+        let pod = format!("{}/{name}", pod.namespace);
+        let command = [
+            &program,
+            "mode",
+            "set",
+            &pod,
+            to.word(),
+            "--drain",
+            DRAIN,
+            "-o",
+            "json",
+        ];
+        let done = self.lab.run(&node.name, &command, SWITCH_WITHIN)?;
+        if done.code != 0 {
+            bail!("{}{}", done.stdout, done.stderr.trim());
         }
-        serde_json::from_str(&said).with_context(|| format!("what the agent said: {said}"))
+        let said = done.stdout;
+        serde_json::from_str(&said).with_context(|| format!("what was said of {pod}: {said}"))
+    }
+}
+
+/// How long what began had to wait: the first number of this name, wherever the agent has it.
+fn held_us(ledger: &Value) -> Option<f64> {
+    match ledger {
+        Value::Object(keys) => {
+            let own = keys.get("held_us").and_then(Value::as_f64);
+            own.or_else(|| keys.values().find_map(held_us))
+        }
+        Value::Array(items) => items.iter().find_map(held_us),
+        _ => None,
     }
 }
 

@@ -240,31 +240,12 @@ impl Lab {
     /// # Errors
     /// When it does not answer, or not in HTTP.
     pub fn ask_agent(&self, node: u8, page: &str) -> Result<(u16, String)> {
-        self.request(node, "GET", page, Duration::from_secs(5))
-    }
-
-    /// Tells a node's agent to do something: status and body of its answer.
-    ///
-    /// # Errors
-    /// As [`Lab::ask_agent`]; also when it is not done within `limit`.
-    pub fn tell_agent(&self, node: u8, page: &str, limit: Duration) -> Result<(u16, String)> {
-        self.request(node, "POST", page, limit)
-    }
-
-    fn request(
-        &self,
-        node: u8,
-        method: &str,
-        page: &str,
-        limit: Duration,
-    ) -> Result<(u16, String)> {
         let path = self.run_dir(node).join("agent.sock");
         let mut stream = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
-        stream.set_read_timeout(Some(limit))?;
-        stream.set_write_timeout(Some(limit))?;
-        let request = format!(
-            "{method} {page} HTTP/1.1\r\nHost: agent\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        );
+        let limit = Some(Duration::from_secs(5));
+        stream.set_read_timeout(limit)?;
+        stream.set_write_timeout(limit)?;
+        let request = format!("GET {page} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes())?;
         let mut answer = Vec::new();
         stream
