@@ -7,14 +7,12 @@
 //!
 //! Changes in one namespace take turns; different namespaces go in parallel. Order: steps are made in the plan's order
 //! and removed in the reverse one. Consecutive iptables steps become one `iptables-restore` per family, consecutive
-//! entries of one set one message, consecutive routes go out together.
+//! entries of one set one message, consecutive routes go out together. Plans that wait for the same turn and have nothing in
+//! common are looked at and restored together.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use serde::Serialize;
-use tokio::sync::OwnedMutexGuard;
 
 use crate::netns::NetnsId;
 use crate::plan::Step;
@@ -25,11 +23,14 @@ mod carrier;
 mod firewall;
 mod inspect;
 mod kernel;
+mod line;
 mod name;
+mod operations;
 mod prepare;
 mod remove;
 mod survey;
 mod tables;
+mod together;
 mod transition;
 mod whereabouts;
 
@@ -96,22 +97,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Waits for this namespace's turn. Two plans of one namespace share built-in chains and sets: what one of them has
-/// looked at must not change before it has acted on it.
-async fn turn(netns: NetnsId) -> OwnedMutexGuard<()> {
-    static TURNS: Mutex<Option<HashMap<NetnsId, Weak<tokio::sync::Mutex<()>>>>> = Mutex::new(None);
-    let turn = {
-        let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
-        let turns = turns.get_or_insert_default();
-        match turns.get(&netns).and_then(Weak::upgrade) {
-            Some(turn) => turn,
-            None => {
-                turns.retain(|_, turn| turn.strong_count() > 0);
-                let turn = Arc::new(tokio::sync::Mutex::new(()));
-                turns.insert(netns, Arc::downgrade(&turn));
-                turn
-            }
-        }
-    };
-    turn.lock_owned().await
+/// Waits for this namespace's turn.
+async fn turn(netns: NetnsId) -> line::Turn {
+    line::Line::of(netns).turn().await
 }

@@ -209,6 +209,11 @@ pub fn inet_tables(netns: &Netns) -> Result<Vec<String>, IptablesError> {
     NfTables::open_inet(netns)?.tables()
 }
 
+/// The number of the present state of all nf_tables rules of a namespace: the kernel adds one with each transaction.
+pub fn nft_generation(netns: &Netns) -> Result<u32, IptablesError> {
+    NfTables::open_inet(netns)?.generation()
+}
+
 /// Deletes those of these nft tables that exist and are trivial; returns the names of those deleted. A table that holds
 /// anything is left alone, also when somebody fills it at this very moment.
 pub fn delete_nft_tables(

@@ -16,6 +16,7 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -99,6 +100,8 @@ pub struct Record {
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
+    /// Tells it from the others of this process.
+    number: u64,
     /// All readable records by file name with the file's identity: looking through the directory would cost each of many pods
     /// as much as there are pods.
     seen: Mutex<HashMap<String, (FileIdentity, Arc<Record>)>>,
@@ -117,8 +120,10 @@ impl Journal {
         fs::create_dir_all(&dir).map_err(at(&dir))?;
         fs::read_dir(&dir).map_err(at(&dir))?;
         forget_incomplete(&dir, SUFFIX).map_err(at(&dir))?;
+        static OPENED: AtomicU64 = AtomicU64::new(0);
         let journal = Self {
             dir,
+            number: OPENED.fetch_add(1, Ordering::Relaxed),
             seen: Mutex::default(),
         };
         for name in journal.list()? {
@@ -127,6 +132,11 @@ impl Journal {
             }
         }
         Ok(journal)
+    }
+
+    /// Which of this process's journals it is.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// The record of the plan `name`, if there is one.

@@ -1,18 +1,17 @@
 //! Moving a place from one plan to another, or not at all.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::carrier::Carrier;
-use super::firewall;
 use super::kernel::{Kernel, KernelError};
-use super::prepare::Prepared;
-use super::tables::{Edit, Gate};
-use super::transition::{runs, same_object};
-use super::turn;
+use super::line::Line;
+use super::operations::{Operation, operations};
+use super::prepare::{Looked, Prepared};
+use super::together;
+use super::transition::same_object;
 use crate::iptables::Iptables;
 use crate::journal::{Journal, JournalError, Record, boot_id};
-use crate::plan::{Family, Place, Plan, Step};
+use crate::plan::{Place, Plan, Step};
 
 /// What [`apply`] did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -105,11 +104,22 @@ pub async fn apply(
             to: to.name.clone(),
         });
     }
-    let _turn = turn(place.netns.id()).await;
-    let look = |source| ApplyError::Look {
-        place: place.label.clone(),
-        source: Box::new(source),
-    };
+    let line = Line::of(place.netns.id());
+    if !together::may_share(from, to, journal)? {
+        let _turn = line.turn().await;
+        return alone(place, from, to, journal).await;
+    }
+    line.apply(place, from, to, journal).await
+}
+
+/// One change by itself. The caller has the namespace's turn.
+pub(super) async fn alone(
+    place: &Place,
+    from: &Plan,
+    to: &Plan,
+    journal: &Journal,
+) -> Result<Applied, ApplyError> {
+    let look = |source| cannot_look(place, source);
     let before = journal.load(&to.name)?;
     let others = journal.others_in(place.netns.id(), &to.name);
     let known = before.as_ref().filter(|record| is_about(record, place));
@@ -117,44 +127,108 @@ pub async fn apply(
         place,
         variants(known.into_iter().chain(others.iter().map(Arc::as_ref))),
     );
-    let prepared = Prepared::new(&kernel, from, to, known, &others)
-        .await
-        .map_err(look)?;
+    let looked = Looked::at(&kernel, from, to, known, &others).await;
+    let prepared = Prepared::new(&kernel, looked.map_err(look)?, from, to, known, &others);
+    let prepared = prepared.map_err(look)?;
+    write_down(place, &prepared, before.as_ref(), journal)?;
+    let mut carrier = Carrier::new(&kernel, prepared.rules().clone());
+    for operation in operations(&prepared) {
+        if let Err(source) = carry_out(&mut carrier, operation, &prepared).await {
+            return Err(taken_back(carrier, &prepared, before.as_ref(), source, journal).await);
+        }
+    }
+    finish(carrier, &prepared, journal)
+}
+
+pub(super) fn cannot_look(place: &Place, source: KernelError) -> ApplyError {
+    ApplyError::Look {
+        place: place.label.clone(),
+        source: Box::new(source),
+    }
+}
+
+/// Refuses what is somebody else's, and writes down what is about to be ours.
+pub(super) fn write_down(
+    place: &Place,
+    prepared: &Prepared<'_>,
+    before: Option<&Record>,
+    journal: &Journal,
+) -> Result<(), ApplyError> {
     prepared.refuse_strangers(&place.label)?;
     let record = prepared.record();
-    if before.as_ref() != Some(record) && !(before.is_none() && record.plan.steps.is_empty()) {
+    if before != Some(record) && !(before.is_none() && record.plan.steps.is_empty()) {
         journal.store(record)?;
     }
+    Ok(())
+}
 
-    let mut carrier = Carrier::new(&kernel, prepared.rules().clone());
-    if let Err(source) = transit(&mut carrier, &prepared).await {
-        let mut left = carrier.roll_back().await;
-        if let Err(error) = kernel.delete_empty_nft(&prepared.newly_caused()) {
-            left.push(error.to_string());
+pub(super) async fn carry_out(
+    carrier: &mut Carrier<'_>,
+    operation: Operation,
+    prepared: &Prepared<'_>,
+) -> Result<(), KernelError> {
+    match operation {
+        Operation::Rules {
+            family,
+            edits,
+            gate,
+        } => carrier.firewall(family, &edits, gate).await,
+        Operation::Made(steps) => {
+            carrier.made.extend(steps);
+            Ok(())
         }
-        if left.is_empty() {
-            match &before {
-                Some(before) => journal.store(before)?,
-                None => journal.forget(&to.name)?,
-            }
-        }
-        return Err(ApplyError::Failed {
-            place: place.label.clone(),
-            source: Box::new(source),
-            left,
-        });
+        Operation::Make(steps) => carrier.make(&steps).await,
+        Operation::Unmake(step) => carrier.unmake(&step, prepared.record()).await,
     }
-    let applied = Applied {
+}
+
+/// After a failure: everything that was done is taken back, and the journal says what stands.
+pub(super) async fn taken_back(
+    mut carrier: Carrier<'_>,
+    prepared: &Prepared<'_>,
+    before: Option<&Record>,
+    source: KernelError,
+    journal: &Journal,
+) -> ApplyError {
+    let mut left = carrier.roll_back().await;
+    if let Err(error) = carrier.kernel.delete_empty_nft(&prepared.newly_caused()) {
+        left.push(error.to_string());
+    }
+    if left.is_empty() {
+        let restored = match before {
+            Some(before) => journal.store(before),
+            None => journal.forget(&prepared.record().plan.name),
+        };
+        if let Err(error) = restored {
+            return error.into();
+        }
+    }
+    ApplyError::Failed {
+        place: carrier.kernel.label().to_owned(),
+        source: Box::new(source),
+        left,
+    }
+}
+
+/// Writes down what stands after a complete change.
+pub(super) fn finish(
+    mut carrier: Carrier<'_>,
+    prepared: &Prepared<'_>,
+    journal: &Journal,
+) -> Result<Applied, ApplyError> {
+    let gone = prepared.removals().iter().filter(|step| step.is_firewall());
+    carrier.removed.extend(gone.cloned());
+    let record = prepared.record();
+    conclude(carrier.kernel, prepared.wanted(), record, journal)?;
+    Ok(Applied {
         made: carrier.made,
         removed: carrier.removed,
         preexisting: record.preexisting.clone(),
-    };
-    conclude(&kernel, to, record, journal)?;
-    Ok(applied)
+    })
 }
 
 /// The variant of iptables that our plans use in a namespace already, by family: this plan's own before others'.
-fn variants<'a>(records: impl Iterator<Item = &'a Record>) -> Iptables {
+pub(super) fn variants<'a>(records: impl Iterator<Item = &'a Record>) -> Iptables {
     records.fold(Iptables::default(), |chosen, record| Iptables {
         v4: chosen.v4.or(record.iptables.v4),
         v6: chosen.v6.or(record.iptables.v6),
@@ -164,60 +238,6 @@ fn variants<'a>(records: impl Iterator<Item = &'a Record>) -> Iptables {
 /// A record of another namespace or of an earlier boot tells nothing about this one.
 pub(super) fn is_about(record: &Record, place: &Place) -> bool {
     record.netns == place.netns.id() && record.boot_id == boot_id()
-}
-
-/// Removes what goes and makes what comes.
-async fn transit(carrier: &mut Carrier<'_>, prepared: &Prepared<'_>) -> Result<(), KernelError> {
-    // A family that has chains to make as well as chains to remove does both in the same restore, the last one: a
-    // chain that goes may be referred to by one that is about to change.
-    let merged: BTreeSet<Family> = prepared
-        .makes()
-        .iter()
-        .filter_map(firewall::family_of)
-        .collect();
-    for family in [Family::V4, Family::V6] {
-        let edits = prepared.removal_edits(family);
-        if !merged.contains(&family) && !edits.is_empty() {
-            carrier.firewall(family, &edits, Gate::First).await?;
-        }
-    }
-    let (sets, rest): (Vec<&Step>, Vec<&Step>) = prepared
-        .removals()
-        .iter()
-        .filter(|step| !step.is_firewall())
-        .partition(|step| matches!(step, Step::Set(_)));
-    for step in rest {
-        carrier.unmake(step, prepared.record()).await?;
-    }
-    let mut left = prepared.makes();
-    for run in runs(prepared.makes()) {
-        left = &left[run.len()..];
-        if !run.iter().any(Step::is_firewall) {
-            carrier.make(run).await?;
-            continue;
-        }
-        for family in [Family::V4, Family::V6] {
-            let of_family = |step: &Step| firewall::family_of(step) == Some(family);
-            let mut edits: Vec<Edit> = Vec::new();
-            if run.iter().any(of_family) && !left.iter().any(of_family) {
-                edits = prepared.removal_edits(family);
-            }
-            edits.extend(prepared.make_edits(family, run));
-            carrier.firewall(family, &edits, Gate::Last).await?;
-        }
-        carrier.made.extend_from_slice(run);
-    }
-    for set in sets {
-        carrier.unmake(set, prepared.record()).await?;
-    }
-    carrier.removed.extend(
-        prepared
-            .removals()
-            .iter()
-            .filter(|step| step.is_firewall())
-            .cloned(),
-    );
-    Ok(())
 }
 
 /// Cleans up behind a complete change and writes down what stands.

@@ -17,7 +17,7 @@ enum Undo {
 
 /// Changes the kernel and remembers how to change it back.
 pub(super) struct Carrier<'a> {
-    kernel: &'a Kernel,
+    pub(super) kernel: &'a Kernel,
     rules: Rules,
     undo: Vec<Undo>,
     pub(super) made: Vec<Step>,
@@ -52,6 +52,24 @@ impl<'a> Carrier<'a> {
         self.kernel.restore(family, script).await?;
         *before = after;
         Ok(())
+    }
+
+    /// As [`Carrier::firewall`], from what is there by now.
+    pub(super) async fn firewall_anew(
+        &mut self,
+        family: Family,
+        edits: &[Edit],
+        gate: Gate,
+    ) -> Result<(), KernelError> {
+        let tables = edits.iter().map(|edit| edit.key().0).collect();
+        let found = self.kernel.tables(family, tables).await?;
+        self.rules.insert(family, found);
+        self.firewall(family, edits, gate).await
+    }
+
+    /// What takes back a restore that is made for several plans at once.
+    pub(super) fn note_rules(&mut self, family: Family, inverse: Vec<Edit>) {
+        self.undo.push(Undo::Rules(family, inverse));
     }
 
     /// Makes one run of steps that are not iptables'.

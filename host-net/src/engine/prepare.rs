@@ -1,5 +1,6 @@
 //! What a change will be, worked out before anything is touched.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::apply::ApplyError;
@@ -28,21 +29,95 @@ pub(super) struct Prepared<'a> {
     caused_before: Vec<NftHook>,
 }
 
-impl<'a> Prepared<'a> {
-    pub(super) async fn new(
+/// What was found in the kernel before a change.
+pub(super) struct Looked {
+    rules: Rules,
+    ours: Ours,
+    /// Per step of the wanted plan.
+    problems: Vec<Vec<Problem>>,
+    hooks: Hooks,
+}
+
+/// The nft tables and base chains of iptables that exist, of the families that were looked at and that iptables-nft manages.
+pub(super) type Hooks = BTreeMap<Family, BTreeSet<NftHook>>;
+
+impl Looked {
+    pub(super) async fn at(
         kernel: &Kernel,
+        from: &Plan,
+        to: &Plan,
+        known: Option<&Record>,
+        others: &[Arc<Record>],
+    ) -> Result<Self, KernelError> {
+        let old = old_steps(from, known);
+        let rules = survey::rules(kernel, to.steps.iter().chain(&old)).await?;
+        let ours = Ours::of(&union(&to.steps, &old)).and_recorded(others);
+        Ok(Self {
+            problems: survey::problems(kernel, &to.steps, &rules, &ours).await?,
+            hooks: hooks(kernel, &to.steps).await?,
+            rules,
+            ours,
+        })
+    }
+
+    /// The same of several plans with one look. Their steps must be of kinds that do not depend on what else is ours.
+    pub(super) async fn at_all(
+        kernel: &Kernel,
+        olds: &[Vec<Step>],
+        plans: &[&Plan],
+    ) -> Result<Vec<Self>, KernelError> {
+        let wanted: Vec<Step> = plans.iter().flat_map(|to| to.steps.clone()).collect();
+        let rules = survey::rules(kernel, wanted.iter().chain(olds.iter().flatten())).await?;
+        let ours = Ours::default();
+        let mut problems = survey::problems(kernel, &wanted, &rules, &ours).await?;
+        let hooks = hooks(kernel, &wanted).await?;
+        let of_plan = |to: &&Plan| Self {
+            rules: rules.clone(),
+            ours: ours.clone(),
+            problems: problems.drain(..to.steps.len()).collect(),
+            hooks: hooks.clone(),
+        };
+        Ok(plans.iter().map(of_plan).collect())
+    }
+}
+
+/// What is ours by the journal or by the caller's word, in an order of making.
+pub(super) fn old_steps(from: &Plan, known: Option<&Record>) -> Vec<Step> {
+    match known {
+        Some(record) => union(&record.plan.steps, &from.steps),
+        None => from.steps.clone(),
+    }
+}
+
+async fn hooks(kernel: &Kernel, steps: &[Step]) -> Result<Hooks, KernelError> {
+    let mut all = Hooks::new();
+    for family in Family::BOTH {
+        let of_family = |step: &Step| firewall::family_of(step) == Some(family);
+        if steps.iter().any(of_family)
+            && let Some(found) = kernel.nft_hooks(family).await?
+        {
+            all.insert(family, found);
+        }
+    }
+    Ok(all)
+}
+
+impl<'a> Prepared<'a> {
+    pub(super) fn new(
+        kernel: &Kernel,
+        looked: Looked,
         from: &Plan,
         to: &'a Plan,
         known: Option<&Record>,
         others: &[Arc<Record>],
     ) -> Result<Self, KernelError> {
-        let old = match known {
-            Some(record) => union(&record.plan.steps, &from.steps),
-            None => from.steps.clone(),
-        };
-        let rules = survey::rules(kernel, to.steps.iter().chain(&old)).await?;
-        let ours = Ours::of(&union(&to.steps, &old)).and_recorded(others);
-        let problems = survey::problems(kernel, &to.steps, &rules, &ours).await?;
+        let old = old_steps(from, known);
+        let Looked {
+            rules,
+            ours,
+            problems,
+            hooks,
+        } = looked;
 
         let broken: Vec<Step> = to
             .steps
@@ -97,8 +172,8 @@ impl<'a> Prepared<'a> {
             old,
         };
         prepared.record.preexisting = prepared.preexisting();
-        prepared.add_previous_sysctls(kernel).await?;
-        prepared.record.nft_caused = prepared.nft_caused(kernel, others).await?;
+        prepared.add_previous_sysctls(kernel)?;
+        prepared.record.nft_caused = prepared.nft_caused(&hooks, others);
         prepared.record.iptables = kernel.iptables_so_far();
         Ok(prepared)
     }
@@ -147,7 +222,7 @@ impl<'a> Prepared<'a> {
             .is_some_and(|view| view.content.is_none() && view.jump == Some(JumpProblem::Absent))
     }
 
-    async fn add_previous_sysctls(&mut self, kernel: &Kernel) -> Result<(), KernelError> {
+    fn add_previous_sysctls(&mut self, kernel: &Kernel) -> Result<(), KernelError> {
         for step in &self.to.steps {
             if let Step::Sysctl(sysctl) = step
                 && !self.record.previous_sysctls.contains_key(&sysctl.key)
@@ -163,24 +238,13 @@ impl<'a> Prepared<'a> {
     }
 
     /// A hook that another plan of ours caused is caused by this one too: whichever goes last deletes it.
-    async fn nft_caused(
-        &self,
-        kernel: &Kernel,
-        others: &[Arc<Record>],
-    ) -> Result<Vec<NftHook>, KernelError> {
+    fn nft_caused(&self, hooks: &Hooks, others: &[Arc<Record>]) -> Vec<NftHook> {
         let mut caused = self.caused_before.clone();
-        for family in [Family::V4, Family::V6] {
+        for (family, existing) in hooks {
             let steps = self.to.steps.iter();
-            let wanted: Vec<NftHook> = steps
-                .filter(|step| firewall::family_of(step) == Some(family))
-                .flat_map(firewall::nft_hooks)
-                .collect();
-            if wanted.is_empty() {
-                continue;
-            }
-            let Some(existing) = kernel.nft_hooks(family).await? else {
-                continue;
-            };
+            let wanted = steps
+                .filter(|step| firewall::family_of(step) == Some(*family))
+                .flat_map(firewall::nft_hooks);
             for hook in wanted {
                 let ours = !existing.contains(&hook)
                     || others.iter().any(|r| r.nft_caused.contains(&hook));
@@ -189,7 +253,7 @@ impl<'a> Prepared<'a> {
                 }
             }
         }
-        Ok(caused)
+        caused
     }
 
     /// Fails if something that is not ours stands where the plan wants an object.
@@ -268,6 +332,11 @@ impl<'a> Prepared<'a> {
 
     pub(super) fn rules(&self) -> &Rules {
         &self.rules
+    }
+
+    /// The plan that is to stand.
+    pub(super) fn wanted(&self) -> &Plan {
+        self.to
     }
 
     /// Steps to be made, in the plan's order.

@@ -9,3 +9,4 @@ mod rollback;
 mod round_trip;
 mod stage;
 mod strangers;
+mod together;
