@@ -27,6 +27,7 @@ mod line;
 mod name;
 mod operations;
 mod prepare;
+mod remembered;
 mod remove;
 mod survey;
 mod tables;

@@ -209,9 +209,27 @@ pub fn inet_tables(netns: &Netns) -> Result<Vec<String>, IptablesError> {
     NfTables::open_inet(netns)?.tables()
 }
 
-/// The number of the present state of all nf_tables rules of a namespace: the kernel adds one with each transaction.
-pub fn nft_generation(netns: &Netns) -> Result<u32, IptablesError> {
-    NfTables::open_inet(netns)?.generation()
+/// The present state of all nf_tables rules of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RulesState {
+    /// The kernel's number of the namespace, which it gives to no other one (`SO_NETNS_COOKIE`).
+    pub namespace: u64,
+    /// The kernel adds one with each transaction.
+    pub generation: u32,
+}
+
+/// Asks for the present state of the rules; an error on kernels that do not number their namespaces (before 5.14).
+pub fn rules_state(netns: &Netns) -> Result<RulesState, IptablesError> {
+    let nf_tables = NfTables::open_inet(netns)?;
+    Ok(RulesState {
+        namespace: nf_tables.namespace()?,
+        generation: nf_tables.generation()?,
+    })
+}
+
+/// Names of the tables of iptables-nft that exist. No program is run.
+pub fn nft_tables(netns: &Netns, family: Family) -> Result<Vec<String>, IptablesError> {
+    existing_tables(Variant::Nft, netns, family)
 }
 
 /// Deletes those of these nft tables that exist and are trivial; returns the names of those deleted. A table that holds

@@ -7,6 +7,7 @@
 mod attributes;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -126,6 +127,29 @@ impl Connection {
                 sequence: 0,
             }),
         })
+    }
+
+    /// The kernel's number of the namespace that the socket lives in (asm-generic/socket.h): unique for as long as the machine
+    /// runs.
+    pub(crate) fn namespace(&self) -> io::Result<u64> {
+        const SO_NETNS_COOKIE: libc::c_int = 71;
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cookie = 0u64;
+        let mut length = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or_default();
+        // SAFETY: the descriptor is open for as long as the lock is held; the kernel writes at most `length` bytes, which is
+        // the size of `cookie`, and the length; both outlive the call.
+        #[allow(unsafe_code)]
+        let answer = unsafe {
+            libc::getsockopt(
+                inner.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_NETNS_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut length,
+            )
+        };
+        nix::errno::Errno::result(answer)?;
+        Ok(cookie)
     }
 
     /// Sends one request and returns the attributes of every message of the answer.

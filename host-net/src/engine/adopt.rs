@@ -6,7 +6,6 @@ use super::apply::{ApplyError, is_about};
 use super::firewall::{self, Ours};
 use super::kernel::{Kernel, KernelError};
 use super::{survey, turn, whereabouts};
-use crate::iptables::Iptables;
 use crate::journal::{Journal, NftHook, Record, boot_id};
 use crate::plan::{Family, Place, Plan};
 
@@ -34,7 +33,7 @@ pub async fn adopt(place: &Place, plan: &Plan, journal: &Journal) -> Result<bool
         place: place.label.clone(),
         source: Box::new(source),
     };
-    let kernel = Kernel::new(place, Iptables::default());
+    let kernel = Kernel::unprejudiced(place);
     let others = journal.others_in(place.netns.id(), &plan.name);
     let ours = Ours::of(&plan.steps).and_recorded(&others);
     let rules = survey::rules(&kernel, &plan.steps).await.map_err(look)?;

@@ -49,7 +49,9 @@ impl<'a> Carrier<'a> {
             return Ok(());
         };
         self.undo.push(Undo::Rules(family, inverse));
-        self.kernel.restore(family, script).await?;
+        self.kernel
+            .restore(family, script, &effective, &after)
+            .await?;
         *before = after;
         Ok(())
     }
@@ -149,9 +151,13 @@ impl<'a> Carrier<'a> {
     async fn restore_back(&mut self, family: Family, edits: &[Edit]) -> Result<(), KernelError> {
         let tables = edits.iter().map(|edit| edit.key().0).collect();
         let before = self.kernel.tables(family, tables).await?;
-        let (effective, _) = before.clone().edit(edits);
+        let mut after = before.clone();
+        let (effective, _) = after.edit(edits);
         match script(&before, &effective, Gate::First)? {
-            Some(script) => self.kernel.restore(family, script).await,
+            Some(script) => {
+                let restored = self.kernel.restore(family, script, &effective, &after);
+                restored.await
+            }
             None => Ok(()),
         }
     }

@@ -53,7 +53,7 @@ async fn compare(place: &Place, plan: &Plan, ours: Ours) -> Result<Vec<Finding>,
 }
 
 async fn look(place: &Place, steps: &[Step], ours: &Ours) -> Result<Vec<Finding>, KernelError> {
-    let kernel = Kernel::new(place, Default::default());
+    let kernel = Kernel::unprejudiced(place);
     let rules = survey::rules(&kernel, steps).await?;
     let problems = survey::problems(&kernel, steps, &rules, ours).await?;
     let findings = steps.iter().zip(problems).flat_map(|(step, problems)| {

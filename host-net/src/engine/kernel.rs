@@ -6,12 +6,12 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::OnceCell;
 
-use super::tables::Tables;
-use super::{Problem, survey};
+use super::tables::{Edit, Tables};
+use super::{Problem, remembered, survey};
 use crate::ipset::{Ipset, IpsetError, Removal, SetEntry};
 use crate::iptables::{
-    BaseChain, Iptables, IptablesError, Variant, choose, delete_nft_base_chains, delete_nft_tables,
-    nft_base_chains, tables_in_use,
+    BaseChain, Iptables, IptablesError, RulesState, Variant, choose, delete_nft_base_chains,
+    delete_nft_tables, nft_base_chains, nft_tables, rules_state,
 };
 use crate::journal::NftHook;
 use crate::netlink::{Netlink, NetlinkError, Presence};
@@ -58,6 +58,8 @@ pub(super) struct Kernel {
     netlink: OnceCell<Netlink>,
     /// Variants of iptables, chosen when first needed.
     iptables: Mutex<Iptables>,
+    /// Whether nothing that is remembered counts.
+    reads_all: bool,
 }
 
 impl Kernel {
@@ -69,6 +71,15 @@ impl Kernel {
             netns: place.netns.clone(),
             netlink: OnceCell::new(),
             iptables: Mutex::new(iptables),
+            reads_all: false,
+        }
+    }
+
+    /// For a proof: what is there counts, and nothing that was known before.
+    pub(super) fn unprejudiced(place: &Place) -> Self {
+        Self {
+            reads_all: true,
+            ..Self::new(place, Iptables::default())
         }
     }
 
@@ -114,25 +125,66 @@ impl Kernel {
         wanted: BTreeSet<Table>,
     ) -> Result<Tables, KernelError> {
         let iptables = self.iptables(family).await?;
+        let before = self.rules_state(iptables.variant(family)?);
+        if let Some(known) = before.and_then(|state| remembered::recall(state, family, &wanted)) {
+            return Ok(known);
+        }
         let netns = self.netns.clone();
-        let read = move || {
-            let mut tables = Tables::default();
+        let read = move || -> Result<BTreeMap<Table, Tables>, IptablesError> {
+            let mut all = BTreeMap::new();
             for table in wanted {
+                let mut content = Tables::default();
                 for (chain, rules) in iptables.save(&netns, family, table)?.chains {
-                    tables.set(table, &chain, rules);
+                    content.set(table, &chain, rules);
                 }
+                all.insert(table, content);
             }
-            Ok(tables)
+            Ok(all)
         };
-        tokio::task::spawn_blocking(read).await?
+        let read = tokio::task::spawn_blocking(read).await??;
+        let mut tables = Tables::default();
+        for content in read.values() {
+            tables.extend(content);
+        }
+        if let Some(state) = before
+            && self.rules_state(Variant::Nft) == before
+        {
+            remembered::note_read(state, family, read);
+        }
+        Ok(tables)
     }
 
-    /// One `iptables-restore --noflush`.
-    pub(super) async fn restore(&self, family: Family, script: String) -> Result<(), KernelError> {
+    /// In which state the rules are, where that is known and may be relied on.
+    fn rules_state(&self, variant: Variant) -> Option<RulesState> {
+        match variant {
+            // Where the kernel cannot tell, everything is read.
+            Variant::Nft if !self.reads_all => rules_state(&self.netns).ok(),
+            _ => None,
+        }
+    }
+
+    /// One `iptables-restore --noflush`, after which these tables are as in `after`.
+    pub(super) async fn restore(
+        &self,
+        family: Family,
+        script: String,
+        edits: &[Edit],
+        after: &Tables,
+    ) -> Result<(), KernelError> {
         let iptables = self.iptables(family).await?;
+        let variant = iptables.variant(family)?;
+        let before = self.rules_state(variant);
         let netns = self.netns.clone();
         let write = move || iptables.restore(&netns, family, &script);
-        Ok(tokio::task::spawn_blocking(write).await??)
+        tokio::task::spawn_blocking(write).await??;
+        if let Some(before) = before
+            && let Some(state) = self.rules_state(variant)
+        {
+            let tables: BTreeSet<Table> = edits.iter().map(|edit| edit.key().0).collect();
+            let written = tables.into_iter().map(|table| (table, after.only(table)));
+            remembered::note_written(before, state, family, written.collect());
+        }
+        Ok(())
     }
 
     /// The nft tables and base chains of iptables that exist; none if this family is managed by iptables-legacy,
@@ -151,14 +203,10 @@ impl Kernel {
                 table,
                 chain,
             };
-            let in_use = tables_in_use(&netns, family)?;
+            let existing = nft_tables(&netns, family)?;
             let tables = [Table::Raw, Table::Filter, Table::Mangle, Table::Nat]
                 .into_iter()
-                .filter(|table| {
-                    in_use
-                        .iter()
-                        .any(|t| t.variant == Variant::Nft && t.table == table.as_str())
-                })
+                .filter(|table| existing.iter().any(|name| name == table.as_str()))
                 .map(|table| hook(table, None));
             let chains = nft_base_chains(&netns, family)?;
             let chains = chains

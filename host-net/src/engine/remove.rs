@@ -255,9 +255,13 @@ impl Removal<'_> {
             .iter()
             .flat_map(|step| firewall::unmake(step, &self.record.preexisting))
             .collect();
-        let (effective, _) = before.clone().edit(&edits);
+        let mut after = before.clone();
+        let (effective, _) = after.edit(&edits);
         match script(&before, &effective, Gate::First)? {
-            Some(script) => self.kernel.restore(family, script).await,
+            Some(script) => {
+                let restored = self.kernel.restore(family, script, &effective, &after);
+                restored.await
+            }
             None => Ok(()),
         }
     }

@@ -46,6 +46,23 @@ impl Tables {
         self.chains.insert((table, chain.to_owned()), rules);
     }
 
+    /// Adds the chains of other tables.
+    pub(super) fn extend(&mut self, more: &Self) {
+        let chains = more.chains.iter();
+        self.chains
+            .extend(chains.map(|(key, rules)| (key.clone(), rules.clone())));
+    }
+
+    /// The chains of one table.
+    pub(super) fn only(&self, table: Table) -> Self {
+        let chains = self.chains.iter().filter(|((of, _), _)| *of == table);
+        Self {
+            chains: chains
+                .map(|(key, rules)| (key.clone(), rules.clone()))
+                .collect(),
+        }
+    }
+
     /// Rules of a chain; a built-in chain that nobody used yet is empty, any other is absent.
     pub(super) fn rules(&self, key: &ChainKey) -> Option<&[String]> {
         match self.chains.get(key) {

@@ -290,7 +290,9 @@ impl<'a> Restores<'a> {
             }
         }
         if let Some(script) = script(before, &effective, gate)? {
-            self.kernel.restore(family, script).await?;
+            self.kernel
+                .restore(family, script, &effective, &after)
+                .await?;
         }
         *before = after;
         Ok(())

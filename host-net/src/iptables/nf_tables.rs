@@ -114,6 +114,12 @@ impl<'a> NfTables<'a> {
         }
     }
 
+    /// The kernel's number of the namespace.
+    pub(super) fn namespace(&self) -> Result<u64, IptablesError> {
+        let number = self.connection.namespace();
+        number.map_err(|error| self.explain("ask which namespace it is", &error.into()))
+    }
+
     /// The number of the present state of all rules of the namespace.
     pub(super) fn generation(&self) -> Result<u32, IptablesError> {
         const ACTION: &str = "read the generation";

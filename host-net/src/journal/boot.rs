@@ -3,15 +3,20 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// Name of the file that holds the kernel's boot identifier.
 const MARK: &str = ".boot";
 
 /// The identifier of this boot of the kernel; empty where the kernel does not tell.
 pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|id| id.trim().to_owned())
-        .unwrap_or_default()
+    static ID: OnceLock<String> = OnceLock::new();
+    let read = || {
+        fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .map(|id| id.trim().to_owned())
+            .unwrap_or_default()
+    };
+    ID.get_or_init(read).clone()
 }
 
 /// Removes from a state directory the JSON files (those that end in `suffix`) that an earlier boot left incomplete, and

@@ -3,7 +3,7 @@
 
 use futures_util::future::join_all;
 use host_net::engine::{ApplyError, apply};
-use host_net::iptables::{Variant, nft_generation};
+use host_net::iptables::{Variant, rules_state};
 use host_net::plan::{Family, Plan, Position, Step, Table};
 
 use crate::plans::{chain_rule, member, route, set, sysctl, v6_chain, via};
@@ -79,7 +79,7 @@ async fn two_hundred_at_once_as_one_after_the_other() {
     let (together, alone) = (stage(Variant::Nft).await, stage(Variant::Nft).await);
     let before = together.state().await;
     let plans: Vec<Plan> = (1..=MANY).map(pod).collect();
-    let generation = || nft_generation(&together.place.netns).unwrap();
+    let generation = || rules_state(&together.place.netns).unwrap().generation;
     let first = generation();
     for (result, plan) in join_all(plans.iter().map(|plan| made(&together, plan)))
         .await
