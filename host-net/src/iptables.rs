@@ -204,6 +204,25 @@ pub fn own_chains(netns: &Netns, family: Family) -> Result<Vec<OwnChain>, Iptabl
     Ok(chains)
 }
 
+/// Chains of iptables that are not built in, of both families, and names of nftables tables of the family `inet`.
+pub type OwnRules = (Vec<OwnChain>, Vec<String>);
+
+/// All that is not built in. In a namespace without rules, as that of a pod that is just being made, it is one message to
+/// the kernel.
+pub fn own_rules(netns: &Netns) -> Result<OwnRules, IptablesError> {
+    let of_both = NfTables::open_inet(netns)?;
+    let mut legacy = false;
+    for family in Family::BOTH {
+        legacy |= !legacy_tables(netns, family)?.is_empty();
+    }
+    if !legacy && !of_both.has_tables()? {
+        return Ok(OwnRules::default());
+    }
+    let mut chains = own_chains(netns, Family::V4)?;
+    chains.extend(own_chains(netns, Family::V6)?);
+    Ok((chains, of_both.tables()?))
+}
+
 /// Names of the nftables tables of the family `inet`, which no iptables shows. No program is run.
 pub fn inet_tables(netns: &Netns) -> Result<Vec<String>, IptablesError> {
     NfTables::open_inet(netns)?.tables()

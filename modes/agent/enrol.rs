@@ -21,8 +21,9 @@ const ENROL_WITHIN: Duration = Duration::from_millis(4500);
 /// Of that, how long it may wait for its turn: what is left is enough for one that is not disturbed.
 const TURN_WITHIN: Duration = Duration::from_millis(3500);
 /// Enrolments that are worked on at the same time. More of them share the same processors, and where those do not do for
-/// all, none would be done in time: so the first ones are, and the rest hears early to try again.
-const AT_ONCE: usize = 8;
+/// all, none would be done in time: so the first ones are, and the rest hears early to try again. Fewer would leave less to
+/// be made together in the node's namespace.
+const AT_ONCE: usize = 16;
 /// How long the proxy may take to confirm that it serves a pod no more. It hears it in any case: if not by this, then by
 /// the next snapshot.
 pub(super) const CONFIRM_WITHIN: Duration = Duration::from_secs(3);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use host_net::engine::{self, Problem};
 use host_net::ipset::Ipset;
-use host_net::iptables::{IptablesError, OwnChain, Ruleset, inet_tables, own_chains};
+use host_net::iptables::{OwnChain, Ruleset, own_rules};
 use host_net::journal::{Record, boot_id};
 use host_net::netlink::{ListedRoute, ListedRule, Netlink};
 use host_net::netns::Netns;
@@ -125,18 +125,21 @@ struct Refusal {
 
 /// The strangers in a namespace that would be in the way of `plan`, given the plans that are known there.
 async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Result<Vec<Stranger>> {
-    let mut found: Vec<Stranger> = chains(netns, plan).await?;
-    let tables = inet_tables(netns)?.into_iter();
-    let has_our_name = |name: &String| mesh_of(name).is_some() || name == NFT_GUARD_TABLE;
-    found.extend(tables.filter(has_our_name).map(Stranger::NftTable));
+    let mut found: Vec<Stranger> = rules(netns, plan).await?;
     let of_plan = |wanted: &dyn Fn(&Step) -> bool| plan.steps.iter().any(wanted);
     if of_plan(&|step| matches!(step, Step::Set(_))) {
         found.extend(sets(netns, plan)?);
     }
     if of_plan(&|step| matches!(step, Step::Link(_) | Step::Route(_) | Step::Rule(_))) {
         let netlink = Netlink::connect(netns).await?;
-        for family in [Family::V4, Family::V6] {
-            for route in netlink.routes(family).await? {
+        for family in Family::BOTH {
+            // Nothing of a kind and family that the plan does not have is in its way.
+            let has_routes = |step: &Step| matches!(step, Step::Route(r) if r.dst.addr().is_ipv4() == family.is_v4());
+            let routes = match of_plan(&has_routes) {
+                true => netlink.routes(family).await?,
+                false => Vec::new(),
+            };
+            for route in routes {
                 let meant = |step: &Step| {
                     matches!(step, Step::Route(r) if r.table == route.table
                         && r.dst.addr().is_ipv4() == family.is_v4())
@@ -145,7 +148,12 @@ async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Resu
                     found.push(Stranger::Route(route));
                 }
             }
-            for rule in netlink.rules(family).await? {
+            let has_rules = |step: &Step| matches!(step, Step::Rule(r) if r.family == family);
+            let rules = match of_plan(&has_rules) {
+                true => netlink.rules(family).await?,
+                false => Vec::new(),
+            };
+            for rule in rules {
                 let meant = |step: &Step| {
                     matches!(step, Step::Rule(r) if r.priority == rule.priority()
                         && r.family == family)
@@ -155,7 +163,11 @@ async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Resu
                 }
             }
         }
-        for link in netlink.links().await? {
+        let links = match of_plan(&|step| matches!(step, Step::Link(_))) {
+            true => netlink.links().await?,
+            false => Vec::new(),
+        };
+        for link in links {
             if of_plan(&|step| matches!(step, Step::Link(l) if l.name == link.name)) {
                 found.push(Stranger::Device(link.name));
             }
@@ -169,14 +181,12 @@ async fn look(netns: &Netns, plan: &Plan, known: &[Arc<Record>]) -> anyhow::Resu
     Ok(found)
 }
 
-async fn chains(netns: &Netns, plan: &Plan) -> anyhow::Result<Vec<Stranger>> {
+async fn rules(netns: &Netns, plan: &Plan) -> anyhow::Result<Vec<Stranger>> {
     let looked_in = netns.clone();
-    let all = tokio::task::spawn_blocking(move || {
-        let mut all = own_chains(&looked_in, Family::V4)?;
-        all.extend(own_chains(&looked_in, Family::V6)?);
-        Ok::<_, IptablesError>(all)
-    });
-    let all = all.await??;
+    let (all, tables) = tokio::task::spawn_blocking(move || own_rules(&looked_in)).await??;
+    let tables = tables
+        .into_iter()
+        .filter(|name| mesh_of(name).is_some() || name == NFT_GUARD_TABLE);
     let has_our_name = |chain: &OwnChain| {
         mesh_of(&chain.name).is_some()
             || OWN_NAMES.contains(&chain.name.as_str())
@@ -189,6 +199,7 @@ async fn chains(netns: &Netns, plan: &Plan) -> anyhow::Result<Vec<Stranger>> {
         .into_iter()
         .filter(has_our_name)
         .map(Stranger::Chain)
+        .chain(tables.map(Stranger::NftTable))
         .collect())
 }
 
@@ -364,16 +375,23 @@ impl Agent {
             label: format!("pod {}", pod.qualified_name()),
             netns,
         };
-        let plans = match pod.mode {
-            Capture::Node => vec![Plan::empty(format!("pod-{}", pod.uid))],
-            Capture::Inpod => self.plans_in_pod(pod).await?,
+        let wanted = match pod.mode {
+            Capture::Node => Plan::empty(format!("pod-{}", pod.uid)),
+            Capture::Inpod => match self.plan_in_pod(pod).await? {
+                Some(plan) => plan,
+                None => return Ok(()),
+            },
         };
         let known = self.known_in(&place.netns);
-        let strangers = match plans.first() {
-            Some(wanted) => look(&place.netns, wanted, &known)
-                .await
-                .context("looking for other meshes in the pod")?,
-            None => return Ok(()),
+        let strangers = look(&place.netns, &wanted, &known)
+            .await
+            .context("looking for other meshes in the pod")?;
+        if strangers.is_empty() {
+            return Ok(());
+        }
+        let plans = match pod.mode {
+            Capture::Node => vec![wanted],
+            Capture::Inpod => self.plans_in_pod(pod).await?,
         };
         match self.take_over(&place, &plans, strangers).await? {
             Some(mut refusal) => {
@@ -399,11 +417,15 @@ impl Agent {
                 dns_capture: Some(dns),
                 ..pod.clone()
             };
-            let made = self.pod_plans(&as_made).await?.into_iter();
-            let in_pod = made.filter(|(place, _)| place.netns.id() == pod.netns_id);
-            plans.extend(in_pod.map(|(_, plan)| plan));
+            plans.extend(self.plan_in_pod(&as_made).await?);
         }
         Ok(plans)
+    }
+
+    async fn plan_in_pod(&self, pod: &Pod) -> anyhow::Result<Option<Plan>> {
+        let mut made = self.pod_plans(pod).await?.into_iter();
+        let in_pod = made.find(|(place, _)| place.netns.id() == pod.netns_id);
+        Ok(in_pod.map(|(_, plan)| plan))
     }
 
     /// Takes over the first of the plans that stands there whole, if it is all that stands there; else says why not.

@@ -15,6 +15,8 @@ use crate::plan::Family;
 const SUBSYSTEM: u8 = 10;
 /// `NFPROTO_INET` (linux/netfilter.h).
 const BOTH_FAMILIES: u8 = 1;
+/// `NFPROTO_UNSPEC`.
+const ANY_FAMILY: u8 = 0;
 const GET_TABLE: u8 = 1;
 const DELETE_TABLE: u8 = 2;
 const GET_CHAIN: u8 = 4;
@@ -86,6 +88,13 @@ impl<'a> NfTables<'a> {
         })
     }
 
+    /// Whether there is a table of any family.
+    pub(super) fn has_tables(&self) -> Result<bool, IptablesError> {
+        Ok(!self
+            .dump_of(ANY_FAMILY, GET_TABLE, "list tables")?
+            .is_empty())
+    }
+
     /// Names of the tables of the family; none on a kernel without nf_tables.
     pub(super) fn tables(&self) -> Result<Vec<String>, IptablesError> {
         let parts = self.dump(GET_TABLE, "list tables")?;
@@ -106,8 +115,17 @@ impl<'a> NfTables<'a> {
     }
 
     fn dump(&self, command: u8, action: &'static str) -> Result<Vec<Vec<u8>>, IptablesError> {
+        self.dump_of(self.family, command, action)
+    }
+
+    fn dump_of(
+        &self,
+        family: u8,
+        command: u8,
+        action: &'static str,
+    ) -> Result<Vec<Vec<u8>>, IptablesError> {
         let mut request = Request::new(SUBSYSTEM, command, Vec::new()).dump();
-        request.family = self.family;
+        request.family = family;
         match self.connection.exchange(&request) {
             Err(NfnetlinkError::Refused { code, .. }) if means_unsupported(code) => Ok(Vec::new()),
             answer => answer.map_err(|error| self.explain(action, &error)),
