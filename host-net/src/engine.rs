@@ -3,6 +3,7 @@
 //! * [`apply`] moves a place from one plan to another, or leaves it as it was.
 //! * [`inspect`] says what of a plan is missing, different, out of order or foreign.
 //! * [`adopt`] takes over what a process before this one made, when its journal is lost.
+//! * [`read_ahead`] spares a change that is to be quick some of its looks.
 //! * [`remove`] takes a plan away and goes on after errors; [`undo`] does so from the journal alone.
 //!
 //! Changes in one namespace take turns; different namespaces go in parallel. Order: steps are made in the plan's order
@@ -40,6 +41,7 @@ pub use apply::{Applied, ApplyError, apply};
 pub use inspect::{InspectError, inspect, inspect_among};
 pub use kernel::KernelError;
 pub(crate) use name::program;
+pub use remembered::read_ahead;
 pub use remove::{RemoveError, remove, undo};
 
 /// One difference between a plan and the kernel.

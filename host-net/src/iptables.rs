@@ -181,7 +181,7 @@ impl OwnChain {
 
 /// The chains of the tables of iptables that are not built in, of both variants. Where only nf_tables is used no program
 /// is run: a few messages of the kernel's say it.
-pub fn own_chains(netns: &Netns, family: Family) -> Result<Vec<OwnChain>, IptablesError> {
+fn own_chains(netns: &Netns, family: Family) -> Result<Vec<OwnChain>, IptablesError> {
     let chain = |variant, table: &str, name: String| OwnChain {
         variant,
         family,

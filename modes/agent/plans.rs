@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::anyhow;
+use host_net::engine;
 use host_net::netlink::Netlink;
 use host_net::plan::{Phase, Place, Plan};
 use inpod_redirect::plan::Style;
@@ -57,6 +58,16 @@ impl Agent {
             }
         }
         Ok(all)
+    }
+
+    /// Reads what a change to these plans will want to know of the rules, before somebody has to wait for it.
+    pub(super) async fn read_ahead(&self, plans: &[(Place, Plan)]) {
+        for (place, plan) in plans {
+            if let Err(error) = engine::read_ahead(place, plan).await {
+                // The change reads for itself, and says what is wrong.
+                tracing::debug!(%error, "rules are not read ahead");
+            }
+        }
     }
 
     async fn plans_by(

@@ -219,14 +219,16 @@ impl Agent {
 
     async fn change(&self, before: &Pod, after: &Pod, within: Duration) -> anyhow::Result<Delays> {
         let (from, to) = (before.mode, after.mode);
+        let both = [(from, Phase::Active), (to, Phase::Active)];
+        let both = self.plans_in(after, &both).await?;
+        self.read_ahead(&both).await;
         self.zds.hold(&before.uid, HELD_WITHIN).await?;
         self.zds
             .prepare(announcement(after)?)
             .await
             .context("the proxy cannot serve it by the other capture")?;
-        let both = [(from, Phase::Active), (to, Phase::Active)];
         // On the node first: what leads the proxy's own connections past the node's capture is there before they are made.
-        for (place, plan) in self.plans_in(after, &both).await? {
+        for (place, plan) in both {
             self.converge(&place, &plan).await?;
         }
         let one = [(from, Phase::Draining), (to, Phase::Active)];

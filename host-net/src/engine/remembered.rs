@@ -11,9 +11,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
+use super::kernel::Kernel;
 use super::tables::Tables;
-use crate::iptables::RulesState;
-use crate::plan::{Family, Table};
+use super::{InspectError, survey, turn};
+use crate::iptables::{Iptables, RulesState};
+use crate::plan::{Family, Place, Plan, Table};
 
 /// Namespaces that are remembered: more than a node has pods.
 const MOST: usize = 1024;
@@ -27,6 +29,21 @@ struct Known {
 fn all() -> MutexGuard<'static, HashMap<u64, Known>> {
     static ALL: LazyLock<Mutex<HashMap<u64, Known>>> = LazyLock::new(Mutex::default);
     ALL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the rules that a change to `plan` will want to know, so that it is quicker when its time comes. What changes in
+/// between is read again then. Changes nothing.
+///
+/// # Errors
+/// When the rules cannot be read.
+pub async fn read_ahead(place: &Place, plan: &Plan) -> Result<(), InspectError> {
+    let _turn = turn(place.netns.id()).await;
+    let kernel = Kernel::new(place, Iptables::default());
+    let read = survey::rules(&kernel, &plan.steps).await;
+    read.map(drop).map_err(|source| InspectError {
+        place: place.label.clone(),
+        source,
+    })
 }
 
 /// These tables, if all of them are known in this state.
@@ -98,12 +115,10 @@ pub(super) fn note_written(
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-    use super::super::kernel::Kernel;
     use super::super::tables::{AT_END, Edit, Gate, script};
     use super::*;
-    use crate::iptables::{Iptables, Variant, rules_state};
+    use crate::iptables::{Variant, rules_state};
     use crate::netns::Netns;
-    use crate::plan::Place;
 
     const FAMILY: Family = Family::V4;
 
