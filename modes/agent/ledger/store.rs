@@ -48,6 +48,10 @@ impl Ledgers {
         let (mut pods, boot) = (BTreeMap::new(), boot_id());
         for entry in fs::read_dir(&dir).map_err(at)? {
             let path = entry.map_err(at)?.path();
+            // The mark of the boot is no account.
+            if !path.as_os_str().to_string_lossy().ends_with(SUFFIX) {
+                continue;
+            }
             let text = fs::read(&path).unwrap_or_default();
             match serde_json::from_slice::<Stored>(&text) {
                 Ok(stored) if stored.boot_id == boot => {
