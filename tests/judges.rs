@@ -245,7 +245,7 @@ fn curl_asks_by_socks5() {
     let port = application.port;
     let _state = scene.with_state(|state| {
         state.services[0].ports.insert(port, port);
-        for (_, ports) in &mut state.workload_mut("pod2-1").unwrap().services {
+        for ports in state.workload_mut("pod2-1").unwrap().services.values_mut() {
             ports.insert(port, port);
         }
         // The one endpoint with the application.
