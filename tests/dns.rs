@@ -12,7 +12,7 @@ use harness::Variant::{self, Inpod, NodeHybrid, NodeTunnel};
 use harness::{Scene, SharedStage, eventually, own, shared_in};
 use lab::standing::{Background, Daemon};
 use lab::topology::workloads::Service;
-use lab::topology::{LabSpec, OUTSIDE, SERVICE_VIP};
+use lab::topology::{Families, LabSpec, OUTSIDE, SERVICE_VIP, ipv6};
 use rstest::rstest;
 use runtime::{Sandbox, ambidex, diff_is_empty, pods};
 use serde_json::{Value, json};
@@ -56,6 +56,9 @@ fn resolver(scene: &Scene) -> Background {
     .map(str::to_owned)
     .to_vec();
     argv.push(format!("--listen-address={OUTSIDE}"));
+    if scene.lab.topology().families.have_v6() {
+        argv.push(format!("--listen-address={}", ipv6::twin(OUTSIDE)));
+    }
     argv.extend((1..=60).map(|n| format!("--host-record=many.example.org,198.51.100.{n}")));
     let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
     let mut resolver = scene.lab.spawn("out", "dnsmasq", &argv).unwrap();
@@ -72,6 +75,46 @@ fn shared(variant: Variant) -> (Scene, &'static Background) {
     let scene = shared_in(&STAGES[variant as usize], || spec(variant));
     let resolver = RESOLVERS[variant as usize].get_or_init(|| resolver(&scene));
     (scene, resolver)
+}
+
+/// By IPv6: a query to a resolver's IPv6 address is answered from there, for names of the mesh by the proxy and for others by
+/// the resolver behind it; one that the proxy does not see is not answered for the mesh.
+#[rstest]
+fn a_resolver_is_asked_by_ipv6(#[values(NodeHybrid, NodeTunnel, Inpod)] variant: Variant) {
+    let mut spec = spec(variant);
+    spec.families = Families::Dual;
+    let scene = own(&spec);
+    let _resolver = resolver(&scene);
+    let server = format!("@{}", ipv6::twin(OUTSIDE));
+    let ask = |pod: &str, arguments: &[&str]| {
+        let common = ["dig", "-r", &server, "+noall", "+comments", "+answer"];
+        let patient = ["+time=10", "+tries=2"];
+        let argv = [&common[..], &patient, arguments].concat();
+        let done = scene.lab.run(pod, &argv, DIG_LIMIT).unwrap();
+        format!("{}{}", done.stdout, done.stderr)
+    };
+    let service = ipv6::twin(SERVICE_VIP).to_string();
+    let name = "echo.beta.svc.cluster.local";
+    for transport in ["+notcp", "+tcp"] {
+        for (name, kind, wanted) in [
+            (name, "AAAA", service.as_str()),
+            (name, "A", &SERVICE_VIP.to_string()),
+            ("www.example.org", "AAAA", "2001:db8::80"),
+        ] {
+            let output = ask(POD, &[name, kind, transport]);
+            let found = answers(&output);
+            let [answer] = &found[..] else {
+                panic!("{name} {kind} {transport}: {output}");
+            };
+            let wanted = format!(" {kind} {wanted}");
+            assert!(answer.ends_with(&wanted), "{transport}: {output}");
+        }
+    }
+    let asked = scene.metric(1, "istio_dns_requests_total", &[]);
+    assert!(asked >= 6.0, "{asked}");
+    // Nobody stands between this one and the resolver.
+    let output = ask("plain1", &[name, "AAAA"]);
+    assert!(output.contains("NXDOMAIN"), "{output}");
 }
 
 /// What `dig` printed: header comments and answers. The server asked is the resolver itself: the pod knows of no proxy.

@@ -128,27 +128,30 @@ impl Server {
         question: &Question,
         query: &[u8],
         exists: bool,
-        pod: SocketAddr,
+        (client, pod): (SocketAddr, &LocalWorkload),
         transport: Transport,
     ) -> Vec<u8> {
-        if self.is_resolver(pod.ip()) {
-            tracing::warn!(pod = %pod.ip(), "a resolver's own DNS queries are captured: it would be asked its own questions, so they are refused; leave it out of the capture of DNS");
+        if self.is_resolver(client.ip()) {
+            tracing::warn!(pod = %client.ip(), "a resolver's own DNS queries are captured: it would be asked its own questions, so they are refused; leave it out of the capture of DNS");
             return question.error(ResponseCode::ServFail);
         }
         let Ok(_permit) = self.waiting.try_acquire() else {
-            tracing::debug!(%pod, "DNS query refused: too many wait for an answer");
+            tracing::debug!(pod = %client, "DNS query refused: too many wait for an answer");
             return question.error(ResponseCode::ServFail);
         };
         let (mode, start) = (self.capture_mode(), Instant::now());
         self.metrics.passed_on(mode);
         let scope = &*self.attachment.scope;
-        let answer = upstream::ask(scope, &self.config, pod.ip(), question, query, transport).await;
+        let mut speakers = vec![client.ip()];
+        speakers.extend(pod.addresses.iter());
+        let asking = upstream::ask(scope, &self.config, &speakers, question, query, transport);
+        let answer = asking.await;
         self.metrics
             .came_back(mode, start.elapsed().as_secs_f64(), answer.is_ok());
         match answer {
             Ok(answer) => question.pass_on(answer, exists),
             Err(error) => {
-                tracing::debug!(%pod, %error, "DNS query not answered");
+                tracing::debug!(pod = %client, %error, "DNS query not answered");
                 question.error(ResponseCode::ServFail)
             }
         }
@@ -211,7 +214,8 @@ fn serve_datagram(
             let (server, socket): (_, Weak<UdpSocket>) = (server.clone(), Arc::downgrade(socket));
             let signal = signal.clone();
             tokio::spawn(async move {
-                let asking = server.ask(&question, &query, exists, client, Transport::Udp);
+                let who = (client, &pod);
+                let asking = server.ask(&question, &query, exists, who, Transport::Udp);
                 let answer = tokio::select! {
                     biased;
                     () = signal.draining() => return,
@@ -264,9 +268,9 @@ pub(crate) async fn tcp(server: Server, captured: Captured, signal: Signal) {
                 match server.answer(&query, Transport::Tcp, &pod) {
                     Reply::Now(answer) => answer,
                     Reply::Ask(question, exists) => {
-                        let server = &server;
+                        let (server, who) = (&server, (client, &pod));
                         asking.push(async move {
-                            server.ask(&question, &query, exists, client, Transport::Tcp).await
+                            server.ask(&question, &query, exists, who, Transport::Tcp).await
                         });
                         continue;
                     }

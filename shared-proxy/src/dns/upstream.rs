@@ -28,11 +28,12 @@ pub(super) enum UpstreamError {
     },
 }
 
-/// The first answer that a resolver gives, as it came. `pod` is who asks.
+/// The first answer that a resolver gives, as it came. `speakers` are the addresses of who asks, the one that it asked with
+/// first: a resolver of the other family is asked with one of its own.
 pub(super) async fn ask(
     scope: &dyn Scope,
     config: &DnsConfig,
-    pod: IpAddr,
+    speakers: &[IpAddr],
     question: &Question,
     query: &[u8],
     transport: Transport,
@@ -48,7 +49,12 @@ pub(super) async fn ask(
             let exchange = async {
                 match transport {
                     Transport::Udp => by_udp(scope, resolver, &query, question, id).await,
-                    Transport::Tcp => by_tcp(scope, resolver, pod, &query, question, id).await,
+                    Transport::Tcp => {
+                        let Some(speaker) = speaker(speakers, resolver) else {
+                            return Err(io::ErrorKind::AddrNotAvailable.into());
+                        };
+                        by_tcp(scope, resolver, speaker, &query, question, id).await
+                    }
                 }
             };
             let answered = match timeout_at(deadline, exchange).await {
@@ -62,6 +68,12 @@ pub(super) async fn ask(
         }
     }
     Err(failure)
+}
+
+fn speaker(speakers: &[IpAddr], resolver: SocketAddr) -> Option<IpAddr> {
+    let of_family = |speaker: &&IpAddr| speaker.is_ipv4() == resolver.is_ipv4();
+    let found = speakers.iter().find(of_family);
+    found.or(speakers.first()).copied()
 }
 
 fn silent(after: Duration) -> io::Error {
