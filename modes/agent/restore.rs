@@ -99,7 +99,9 @@ impl Agent {
     pub(super) async fn converge_pods(&self, mode: Capture) {
         // A pod that is being enrolled is not waited for: its enrolment may wait for this.
         let wanted = |pod: &Pod| {
-            pod.mode == mode && matches!(pod.state, PodState::Captured | PodState::Draining)
+            // A change of capture may have ended half-way: the one that it leaves is to take nothing more.
+            pod.captures().any(|capture| capture == mode)
+                && matches!(pod.state, PodState::Captured | PodState::Draining)
         };
         stream::iter(self.pods.all().into_iter().filter(wanted))
             .for_each_concurrent(AT_ONCE, |pod| async move {

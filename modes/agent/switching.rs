@@ -7,11 +7,14 @@
 //! The pod's entry says what an agent that starts in the middle has to make of it: until the kernel has all, the pod's
 //! capture is the one that it had, and the other one is leaving; afterwards it is the other way round.
 
+mod steps;
+
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use host_net::plan::{Phase, Plan};
+use host_net::plan::{Phase, Place, Plan};
 use http::StatusCode;
+use inpod_redirect::zds::server::{ConnectionId, ZdsError};
 use inpod_redirect::zds::{Delays, Release};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
@@ -25,10 +28,11 @@ use super::timings::micros;
 use super::{Agent, NotFound, Pod, PodState};
 use crate::options::{Capture, NodeFlow};
 use crate::unix_http::Answer;
+use steps::Step;
 
 /// How long the proxy may hold a pod: less than a client waits that sends its first packet again, so an agent that is lost
-/// costs nobody his connection.
-const HELD_WITHIN: Duration = Duration::from_secs(2);
+/// costs nobody his connection. The agent renews it while it goes on.
+const HELD_WITHIN: Duration = Duration::from_secs(3);
 
 /// What is said of a pod whose capture has changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,42 +226,51 @@ impl Agent {
         let both = [(from, Phase::Active), (to, Phase::Active)];
         let both = self.plans_in(after, &both).await?;
         self.read_ahead(&both).await;
-        self.zds.hold(&before.uid, HELD_WITHIN).await?;
-        self.zds
-            .prepare(announcement(after)?)
+        let (in_pod, elsewhere) = by_place(both);
+        Step::Hold.comes().await?;
+        let mut held = Held::begin(self, &before.uid).await?;
+        held.until(Step::Prepare).await?;
+        answered(self.zds.prepare(announcement(after)?, held.by))
             .await
             .context("the proxy cannot serve it by the other capture")?;
         // On the node first: what leads the proxy's own connections past the node's capture is there before they are made.
-        for (place, plan) in both {
-            self.converge(&place, &plan).await?;
+        for (step, plans) in [(Step::NodeObjects, elsewhere), (Step::PodObjects, in_pod)] {
+            held.until(step).await?;
+            for (place, plan) in plans {
+                self.converge(&place, &plan).await?;
+            }
         }
         let one = [(from, Phase::Draining), (to, Phase::Active)];
-        let plans = self.plans_in(after, &one).await?;
-        let (in_pod, elsewhere): (Vec<_>, Vec<_>) =
-            plans.into_iter().partition(|(_, plan)| is_in_pod(plan));
+        let (in_pod, elsewhere) = by_place(self.plans_in(after, &one).await?);
+        held.until(Step::Exclusive).await?;
         for (place, plan) in in_pod.into_iter().chain(elsewhere) {
             self.converge(&place, &plan).await?;
         }
+        // Whether the pod is held still or not: in one capture it is, and the way back would be through both.
+        Step::Flip.comes().await?;
         self.pods.put(after.clone())?;
+        Step::Release.comes().await?;
         let release = Release::Changes { drain: within };
-        let released = self.zds.release(announcement(after)?, release);
         // Whatever it answers: the kernel has the pod captured by the other one, and every proxy hears of that.
-        match timeout(CONFIRM_WITHIN, released).await {
-            Ok(Ok(delays)) => return Ok(delays),
-            Ok(Err(error)) => {
-                tracing::warn!(pod = after.qualified_name(), %error, "the proxy did not confirm a change of capture");
-            }
-            Err(_) => tracing::warn!(
-                pod = after.qualified_name(),
-                "the proxy did not confirm a change of capture within {CONFIRM_WITHIN:?}"
-            ),
-        }
+        let error = match answered(self.zds.release(announcement(after)?, release)).await {
+            Ok(delays) => return Ok(delays),
+            Err(error) => format!("{error:#}"),
+        };
+        tracing::warn!(
+            pod = after.qualified_name(),
+            error,
+            "the proxy did not confirm a change of capture"
+        );
+        self.tell_anew(after).await;
         Ok(Delays::default())
     }
 
     /// Takes back what was done of a change, and says what had to wait for that.
     async fn stay(&self, before: &Pod) -> Delays {
         let name = before.qualified_name();
+        if let Err(error) = self.pods.put(before.clone()) {
+            tracing::error!(pod = name, %error, "that a pod keeps its capture is not on disk");
+        }
         if let Err(error) = self.make_redirect(before).await {
             tracing::error!(
                 pod = name,
@@ -265,13 +278,37 @@ impl Agent {
                 "a pod's capture was not put back; it is looked after"
             );
         }
-        let Ok(kept) = announcement(before).map(|add| self.zds.release(add, Release::Stays)) else {
+        let Ok(add) = announcement(before) else {
             return Delays::default();
         };
-        kept.await.unwrap_or_else(|error| {
-            tracing::warn!(pod = name, %error, "the proxy did not confirm that a pod keeps its capture");
-            Delays::default()
-        })
+        match answered(self.zds.release(add, Release::Stays)).await {
+            Ok(delays) => delays,
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(
+                    pod = name,
+                    error,
+                    "the proxy did not confirm that a pod keeps its capture"
+                );
+                self.tell_anew(before).await;
+                Delays::default()
+            }
+        }
+    }
+
+    /// Tells a proxy that knows nothing of a change, because it is another one, which capture the pod has.
+    async fn tell_anew(&self, pod: &Pod) {
+        let Ok(add) = announcement(pod) else {
+            return;
+        };
+        if let Err(error) = answered(self.zds.add(add)).await {
+            let (name, error) = (pod.qualified_name(), format!("{error:#}"));
+            tracing::warn!(
+                pod = name,
+                error,
+                "a proxy that connects hears which capture a pod has"
+            );
+        }
     }
 
     /// Takes away what is left of captures that pods had, once nothing goes by them any more.
@@ -308,6 +345,7 @@ impl Agent {
         if self.pods.get(&pod.uid).as_ref() != Some(pod) {
             return Ok(());
         }
+        Step::DrainEnd.comes().await?;
         let phases = [(pod.mode, Phase::Active), (leaving.capture, Phase::Absent)];
         for (place, plan) in self.plans_in(pod, &phases).await? {
             self.converge(&place, &plan).await?;
@@ -326,6 +364,62 @@ impl Agent {
         );
         Ok(())
     }
+}
+
+/// What the proxy answers, if it does so soon: one that is just connecting may wait for this pod.
+async fn answered<T>(asked: impl Future<Output = Result<T, ZdsError>>) -> anyhow::Result<T> {
+    timeout(CONFIRM_WITHIN, asked)
+        .await
+        .map_err(|_| anyhow!("the proxy did not answer within {CONFIRM_WITHIN:?}"))?
+        .map_err(Into::into)
+}
+
+/// A pod that the proxy holds, and is to go on holding.
+struct Held<'a> {
+    agent: &'a Agent,
+    uid: &'a str,
+    /// Which proxy holds it.
+    by: ConnectionId,
+    since: Instant,
+}
+
+impl<'a> Held<'a> {
+    async fn begin(agent: &'a Agent, uid: &'a str) -> anyhow::Result<Self> {
+        let since = Instant::now();
+        let by = answered(agent.zds.hold(uid, HELD_WITHIN)).await?;
+        Ok(Self {
+            agent,
+            uid,
+            by,
+            since,
+        })
+    }
+
+    /// The change comes to a step for which the pod must be held.
+    ///
+    /// # Errors
+    /// It is not any more: what it began meanwhile may have come by two captures.
+    async fn until(&mut self, step: Step) -> anyhow::Result<()> {
+        step.comes().await?;
+        let age = self.since.elapsed();
+        ensure!(
+            age < HELD_WITHIN,
+            "{step:?}: it came {age:?} after the proxy began to hold the pod, which it does for {HELD_WITHIN:?}"
+        );
+        if age >= HELD_WITHIN / 4 {
+            let renewed = Self::begin(self.agent, self.uid).await?;
+            ensure!(renewed.by == self.by, "another proxy has connected");
+            *self = renewed;
+        }
+        Ok(())
+    }
+}
+
+/// Plans of a pod's own namespace, and others.
+type Placed = Vec<(Place, Plan)>;
+
+fn by_place(plans: Placed) -> (Placed, Placed) {
+    plans.into_iter().partition(|(_, plan)| is_in_pod(plan))
 }
 
 impl From<&Delays> for Delay {

@@ -11,6 +11,7 @@ mod ending;
 mod enforce;
 mod half_open;
 mod pod_end;
+mod recapture;
 mod resolve;
 mod switching;
 mod workload;
@@ -65,6 +66,7 @@ pub(crate) struct Shared {
     admissions: enforce::Admissions,
     pod_tunnels: pod_end::PodTunnels,
     pub(crate) captures: Arc<switching::Captures>,
+    own_connections: recapture::OwnConnections,
     attachments: Mutex<HashMap<u64, Drainer>>,
     next_attachment: AtomicU64,
     ended: AtomicBool,
@@ -130,6 +132,7 @@ impl Core {
             admissions: enforce::Admissions::default(),
             pod_tunnels: pod_end::PodTunnels::default(),
             captures: Arc::default(),
+            own_connections: recapture::OwnConnections::default(),
             attachments: Mutex::default(),
             next_attachment: AtomicU64::new(1),
             ended: AtomicBool::new(false),
@@ -138,6 +141,15 @@ impl Core {
         if let Some(limit) = shared.config.half_open_timeout {
             tokio::spawn(half_open::close(Arc::downgrade(&shared), limit));
         }
+        let weak = Arc::downgrade(&shared);
+        shared.telemetry.counter(
+            "ambidex_captured_twice",
+            "Connections of this proxy's own that came back to it and were refused",
+            move || {
+                let core = weak.upgrade();
+                core.map_or(0, |core| core.own_connections.refused())
+            },
+        );
         let weak = Arc::downgrade(&shared);
         shared.telemetry.gauge(
             "ambidex_pooled_tunnels",

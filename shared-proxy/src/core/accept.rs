@@ -58,6 +58,9 @@ fn serve(
     captured: Captured,
     signal: Signal,
 ) {
+    let Some(captured) = attachment.unless_own(role, captured) else {
+        return;
+    };
     let attachment = attachment.clone();
     match role {
         Role::Outbound if probe::is_probe(&captured) => {

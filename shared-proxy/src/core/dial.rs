@@ -1,16 +1,20 @@
 //! Upstream connections.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::delays::Subject;
-use super::{Attachment, CoreConfig};
-use crate::capture::{HBONE_PORT, OnBehalfOf, Scope};
+use super::{Attachment, Shared};
+use crate::capture::{HBONE_PORT, OnBehalfOf};
 use crate::telemetry::{Direction, Step};
 
 /// How many sockets are tried when the chosen source port is in use towards the destination.
@@ -95,7 +99,7 @@ impl Attachment {
         let began = Instant::now();
         let stream = timeout(
             config.connect_timeout,
-            connect(&*attachment.scope, to, who, config),
+            connect(&attachment, to, who, direction),
         )
         .await
         .map_err(|_| DialError::TimedOut {
@@ -108,11 +112,13 @@ impl Attachment {
 }
 
 async fn connect(
-    scope: &dyn Scope,
+    attachment: &Attachment,
     to: SocketAddr,
     who: OnBehalfOf,
-    config: &CoreConfig,
+    direction: Direction,
 ) -> Result<TcpStream, DialError> {
+    let (core, scope) = (&attachment.core, &attachment.scope);
+    let config = &core.config;
     let mut tries = 0;
     loop {
         let socket = scope
@@ -124,10 +130,36 @@ async fn connect(
             })
             .map_err(|source| DialError::Socket { to, who, source })?;
         tries += 1;
-        match socket.connect(to).await {
+        match connect_known(core, socket, to, direction).await {
             Ok(stream) => return Ok(stream),
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && tries < TRIES => {}
             Err(source) => return Err(DialError::Connect { to, source }),
         }
+    }
+}
+
+/// Connects, and remembers the connection's ends before what it leads to can have been looked at.
+async fn connect_known(
+    core: &Shared,
+    socket: TcpSocket,
+    to: SocketAddr,
+    direction: Direction,
+) -> io::Result<TcpStream> {
+    let bound = socket.local_addr().ok().filter(|from| from.port() != 0);
+    if let Some(from) = bound {
+        core.own_connections.opens(direction, from, to);
+        return socket.connect(to).await;
+    }
+    // The kernel chooses the port when it sends the first packet.
+    let same = socket.as_fd().try_clone_to_owned();
+    let mut connecting = pin!(socket.connect(to));
+    let begun = poll_fn(|context| Poll::Ready(connecting.as_mut().poll(context))).await;
+    let from = same.and_then(|same| SockRef::from(&same).local_addr());
+    if let Some(from) = from.ok().and_then(|from| from.as_socket()) {
+        core.own_connections.opens(direction, from, to);
+    }
+    match begun {
+        Poll::Ready(connected) => connected,
+        Poll::Pending => connecting.await,
     }
 }

@@ -58,6 +58,10 @@ pub(crate) enum Failure {
     Stream(#[from] StreamError),
     #[error(transparent)]
     Relay(#[from] RelayError),
+    #[error(
+        "this proxy opened it itself: its pod is captured on the node and in its namespace at once (`ambidex verify`)"
+    )]
+    CapturedTwice,
     #[error("cut: its capture ended and its time to finish was over")]
     Cut,
 }
@@ -71,6 +75,7 @@ impl Failure {
             | Self::NotServed { .. }
             | Self::Socks5(_)
             | Self::Relay(_)
+            | Self::CapturedTwice
             | Self::Cut => ResponseFlag::None,
             Self::Denied(_) => ResponseFlag::Denied,
             Self::PeerRevoked(_) | Self::TunnelRevoked => ResponseFlag::CertificateRevoked,

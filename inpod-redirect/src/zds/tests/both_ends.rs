@@ -187,9 +187,9 @@ async fn a_held_pod_changes_its_capture_or_keeps_it() {
     let hold = it.agent.hold("nobody", A_WHILE).await;
     assert!(matches!(hold, Err(ZdsError::Rejected { .. })), "not there");
 
-    it.agent.hold("pod", A_WHILE).await.unwrap();
+    let by = it.agent.hold("pod", A_WHILE).await.unwrap();
     it.handler.fail("pod");
-    it.agent.prepare(to.clone()).await.unwrap_err();
+    it.agent.prepare(to.clone(), by).await.unwrap_err();
     it.handler.recover("pod");
     let nothing = it.agent.release(to.clone(), CHANGES).await;
     assert!(
@@ -198,15 +198,17 @@ async fn a_held_pod_changes_its_capture_or_keeps_it() {
     );
     assert_eq!(it.mode().await, CaptureMode::Node);
 
-    it.agent.hold("pod", A_WHILE).await.unwrap();
-    it.agent.prepare(to.clone()).await.unwrap();
-    it.agent.prepare(to.clone()).await.unwrap();
+    let by = it.agent.hold("pod", A_WHILE).await.unwrap();
+    let another = it.agent.prepare(to.clone(), by + 1).await;
+    assert!(matches!(another, Err(ZdsError::Lost { .. })), "{another:?}");
+    it.agent.prepare(to.clone(), by).await.unwrap();
+    it.agent.prepare(to.clone(), by).await.unwrap();
     let stays = node("pod", "10.244.1.9");
     it.agent.release(stays, Release::Stays).await.unwrap();
     assert_eq!(it.mode().await, CaptureMode::Node);
 
-    it.agent.hold("pod", A_WHILE).await.unwrap();
-    it.agent.prepare(to.clone()).await.unwrap();
+    let by = it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.agent.prepare(to.clone(), by).await.unwrap();
     let told = it.agent.release(to, CHANGES).await.unwrap();
     let mut wanted = super::delays();
     assert_eq!((wanted.median, wanted.longest), (micros(501), micros(1001)));
@@ -237,8 +239,8 @@ async fn a_held_pod_changes_its_capture_or_keeps_it() {
 async fn an_agent_is_lost_while_it_holds_a_pod(#[case] changed: bool, #[case] release: &str) {
     let it = served().await;
     let pod = Netns::create_unnamed().unwrap();
-    it.agent.hold("pod", A_WHILE).await.unwrap();
-    it.agent.prepare(inpod("pod", &pod)).await.unwrap();
+    let by = it.agent.hold("pod", A_WHILE).await.unwrap();
+    it.agent.prepare(inpod("pod", &pod), by).await.unwrap();
     it.serving.abort();
     until("the agent is gone", || {
         it.handler.count("disconnected") == 1
