@@ -10,6 +10,8 @@ pub mod gather;
 mod hooks;
 pub mod hop;
 pub mod mesh;
+pub mod narrative;
+pub mod nft;
 pub mod packet;
 pub mod planned;
 mod question;
@@ -37,6 +39,10 @@ pub struct Explanation {
     pub from: String,
     /// Where to.
     pub to: String,
+    /// How the pod that begins it is captured: `node, tunnel`, `node, hybrid`, `inpod, redirect`, `inpod, tproxy`,
+    /// `inpod, nftables`; none for one that is not, and for anybody else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture: Option<String>,
     /// Its legs in order.
     pub legs: Vec<Leg>,
     /// What could not be read, or is not evaluated.
@@ -45,6 +51,13 @@ pub struct Explanation {
 }
 
 impl Explanation {
+    /// Who, where to, and how captured.
+    pub fn heading(&self) -> String {
+        let capture = self.capture.as_ref();
+        let capture = capture.map_or_else(String::new, |capture| format!("   ({capture})"));
+        format!("{} → {}{capture}", self.from, self.to)
+    }
+
     /// All hops in order.
     pub fn hops(&self) -> impl Iterator<Item = &Hop> {
         let walks = self.legs.iter().flat_map(|leg| &leg.walks);

@@ -42,9 +42,41 @@ pub struct Trace {
     pub seen: Vec<Vec<WalkSeen>>,
     /// What the proxies said of the connection.
     pub connection: Observed,
+    /// What connection tracking of each place has of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tracked: Vec<TrackedSeen>,
     /// Packets of the connection where none were predicted, connection tracking that says something else, a decision that was
     /// another one.
     pub contradictions: Vec<String>,
+}
+
+/// An entry of connection tracking.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrackedSeen {
+    /// Index of the leg.
+    pub leg: usize,
+    /// Namespace.
+    pub place: String,
+    /// Ends of its first packet.
+    pub original: String,
+    /// Ends of an answer.
+    pub reply: String,
+    /// Its mark.
+    pub mark: String,
+}
+
+impl TrackedSeen {
+    /// The same in a line.
+    pub fn shown(&self) -> String {
+        let Self {
+            original,
+            reply,
+            mark,
+            ..
+        } = self;
+        format!("{original}, answers {reply}, mark {mark}")
+    }
 }
 
 /// What was seen of one packet of a leg.

@@ -2,32 +2,91 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod harness;
+mod ways;
 
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use ambidex::explain::Explanation;
-use ambidex::explain::hop::Hop;
+use ambidex::explain::hop::{Hop, Kind};
+use ambidex::explain::render::plain;
 use ambidex::trace::Trace;
-use harness::{Scene, Variant};
+use harness::{Scene, Variant, ambidex};
+use lab::topology::{Families, InpodRules};
+use lab::traffic::Check;
 use rstest::rstest;
+use ways::{article, mermaid};
+
+use Style::{Nftables, NodeHybrid, NodeTunnel, Redirect, Tproxy};
 
 /// How long a small command may take on a busy machine.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// One lab per capture, which every test leaves as it found it.
-fn scene(variant: Variant) -> Scene {
-    static STAGES: [OnceLock<harness::SharedStage>; 3] = [const { OnceLock::new() }; 3];
-    harness::shared_in(&STAGES[variant as usize], || variant.spec())
+/// Every capture, and every style of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Style {
+    NodeHybrid,
+    NodeTunnel,
+    Redirect,
+    Tproxy,
+    Nftables,
+}
+
+impl Style {
+    fn is_node(self) -> bool {
+        matches!(self, NodeHybrid | NodeTunnel)
+    }
+
+    /// As the output names it.
+    fn name(self) -> &'static str {
+        match self {
+            NodeHybrid => "node, hybrid",
+            NodeTunnel => "node, tunnel",
+            Redirect => "inpod, redirect",
+            Tproxy => "inpod, tproxy",
+            Nftables => "inpod, nftables",
+        }
+    }
+}
+
+/// One lab per style, which every test leaves as it found it. Two of them have IPv6, too.
+fn scene(style: Style) -> Scene {
+    static STAGES: [OnceLock<harness::SharedStage>; 5] = [const { OnceLock::new() }; 5];
+    harness::shared_in(&STAGES[style as usize], || {
+        let mut spec = match style {
+            NodeHybrid => Variant::NodeHybrid.spec(),
+            NodeTunnel => Variant::NodeTunnel.spec(),
+            Redirect | Tproxy | Nftables => Variant::Inpod.spec(),
+        };
+        match style {
+            NodeTunnel | Redirect => spec.families = Families::Dual,
+            Tproxy => spec.inpod_rules = InpodRules::Tproxy,
+            Nftables => spec.inpod_rules = InpodRules::Nftables,
+            NodeHybrid => {}
+        }
+        spec
+    })
+}
+
+/// What `ambidex` says on node 1.
+#[track_caller]
+fn said(scene: &Scene, code: i32, arguments: &str) -> String {
+    let mut argv = vec!["ambidex"];
+    argv.extend(arguments.split(' '));
+    let done = scene.lab.run("node1", &argv, COMMAND_LIMIT).unwrap();
+    assert_eq!(
+        done.code, code,
+        "{arguments}: {}{}",
+        done.stdout, done.stderr
+    );
+    done.stdout + &done.stderr
 }
 
 #[track_caller]
 fn explained(scene: &Scene, code: i32, what: &str) -> Explanation {
-    let arguments = format!("ambidex explain -o json {what}");
-    let argv: Vec<&str> = arguments.split(' ').collect();
-    let done = scene.lab.run("node1", &argv, COMMAND_LIMIT).unwrap();
-    assert_eq!(done.code, code, "{what}: {}{}", done.stdout, done.stderr);
-    serde_json::from_str(&done.stdout).unwrap()
+    serde_json::from_str(&said(scene, code, &format!("explain -o json {what}"))).unwrap()
 }
 
 fn sh(scene: &Scene, target: &str, command: &str) {
@@ -62,11 +121,13 @@ fn devices<'a>(explanation: &'a Explanation, leg: usize, phase: &str) -> Vec<&'a
 }
 
 #[rstest]
-#[case::node_hybrid(Variant::NodeHybrid)]
-#[case::node_tunnel(Variant::NodeTunnel)]
-#[case::inpod(Variant::Inpod)]
-fn a_whole_capture_is_explained_without_a_flag(#[case] variant: Variant) {
-    let scene = scene(variant);
+#[case::node_hybrid(NodeHybrid)]
+#[case::node_tunnel(NodeTunnel)]
+#[case::redirect(Redirect)]
+#[case::tproxy(Tproxy)]
+#[case::nftables(Nftables)]
+fn a_whole_capture_is_explained_without_a_flag(#[case] style: Style) {
+    let scene = scene(style);
     let _alone = scene.quiet.lock().unwrap();
     // To a service, by its far endpoint.
     let far = format!(
@@ -91,7 +152,7 @@ fn a_whole_capture_is_explained_without_a_flag(#[case] variant: Variant) {
     for leg in &way.legs {
         assert_eq!(leg.walks.len(), 3, "first, answer, later: {leg:#?}");
     }
-    match variant.is_node() {
+    match style.is_node() {
         true => assert_eq!(places(&way, 1), ["proxy1", "node1", "node2", "proxy2"]),
         false => assert_eq!(
             places(&way, 1),
@@ -99,9 +160,9 @@ fn a_whole_capture_is_explained_without_a_flag(#[case] variant: Variant) {
         ),
     }
     // The flows of the node capture differ in what comes after the first packet.
-    if variant.is_node() {
+    if style.is_node() {
         assert!(devices(&way, 0, "first").contains(&"istioout"));
-        let tunnel = variant == Variant::NodeTunnel;
+        let tunnel = style == NodeTunnel;
         for phase in ["answer", "later"] {
             assert_eq!(
                 devices(&way, 0, phase).contains(&"istioout"),
@@ -110,9 +171,23 @@ fn a_whole_capture_is_explained_without_a_flag(#[case] variant: Variant) {
             );
         }
     }
+    assert_eq!(way.capture.as_deref(), Some(style.name()));
+    assert_eq!(way.notes, Vec::<String>::new(), "everything is evaluated");
+    if scene.lab.topology().families.have_v6() {
+        let way = explained(&scene, 0, &format!("alpha/pod1-1 {}", scene.at6("pod2-1")));
+        assert_eq!(
+            accepted(&way),
+            ["proxy:15001", "proxy:15008", "application:8080"]
+        );
+        assert!(
+            way.legs[0]
+                .connection
+                .starts_with(&format!("[{}]", scene.ip6("pod1-1")))
+        );
+    }
     // On one node, from outside the mesh, and from the node itself past the proxy.
     let near = explained(&scene, 0, "alpha/pod1-1 beta/pod1-2:8080");
-    let tunnel = if variant.is_node() {
+    let tunnel = if style.is_node() {
         "proxy:15088"
     } else {
         "proxy:15008"
@@ -134,6 +209,8 @@ struct Damage {
     /// What it says.
     says: &'static str,
     foreign: bool,
+    /// Whether it is IPv6 that does not pass.
+    ipv6: bool,
 }
 
 fn damage(target: &'static str, breaks: &str, mends: &str, says: &'static str) -> Damage {
@@ -141,29 +218,54 @@ fn damage(target: &'static str, breaks: &str, mends: &str, says: &'static str) -
         target,
         breaks: breaks.to_owned(),
         mends: mends.to_owned(),
-        flagged: if target.starts_with("pod") {
-            "pod alpha/pod1-1"
-        } else {
-            target
+        flagged: match target {
+            "pod1-1" => "pod alpha/pod1-1",
+            "pod2-1" => "pod alpha/pod2-1",
+            other => other,
         },
         says,
         foreign: false,
+        ipv6: false,
     }
 }
 
-fn damages(variant: Variant, ip: &str) -> Vec<Damage> {
+fn damages(style: Style, ip: &str) -> Vec<Damage> {
     let foreign = |it: Damage| Damage {
         foreign: true,
         ..it
     };
-    if variant == Variant::Inpod {
-        let redirect =
-            "! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001";
+    let by_ipv6 = |it: Damage| Damage { ipv6: true, ..it };
+    if style == Nftables {
+        let rule = "meta l4proto tcp ip daddr != 127.0.0.1 meta mark and 0xfff != 0x539 counter redirect to :15001";
+        let handle = "nft -a list chain inet istio-ambient-nat istio-output | sed -n 's/.*:15001 # handle //p'";
         return vec![
             damage(
                 "pod1-1",
-                &format!("iptables -t nat -D ISTIO_OUTPUT {redirect}"),
-                &format!("iptables -t nat -A ISTIO_OUTPUT {redirect}"),
+                &format!("nft delete rule inet istio-ambient-nat istio-output handle $({handle})"),
+                &format!("nft add rule inet istio-ambient-nat istio-output {rule}"),
+                "redirect to :15001 (this rule is missing)",
+            ),
+            foreign(damage(
+                "pod1-1",
+                "nft 'table inet strange { chain c { type filter hook output priority -400; tcp dport 8080 drop; }; }'",
+                "nft delete table inet strange",
+                "inet istio-ambient-nat istio-output",
+            )),
+            damage(
+                "pod1-1",
+                "nft flush chain inet istio-ambient-mangle istio-output",
+                "nft add rule inet istio-ambient-mangle istio-output ct mark and 0xfff == 0x111 counter meta mark set ct mark",
+                "meta mark set ct mark (this rule is missing)",
+            ),
+        ];
+    }
+    if !style.is_node() {
+        let redirect = "-p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001";
+        let mut all = vec![
+            damage(
+                "pod1-1",
+                &format!("iptables -t nat -D ISTIO_OUTPUT ! -d 127.0.0.1/32 {redirect}"),
+                &format!("iptables -t nat -A ISTIO_OUTPUT ! -d 127.0.0.1/32 {redirect}"),
                 "REDIRECT --to-ports 15001 (this rule is missing)",
             ),
             foreign(damage(
@@ -179,10 +281,28 @@ fn damages(variant: Variant, ip: &str) -> Vec<Damage> {
                 "this ip rule is missing",
             ),
         ];
+        if style == Tproxy {
+            let inbound = "ISTIO_PRERT -p tcp -m tcp --dport 15008 -m mark ! --mark 0x539/0xfff -j TPROXY --on-port 15008 --on-ip 0.0.0.0 --tproxy-mark 0x111/0xfff";
+            let place = inbound.replacen("ISTIO_PRERT", "ISTIO_PRERT 4", 1);
+            all.push(damage(
+                "pod2-1",
+                &format!("iptables -t mangle -D {inbound}"),
+                &format!("iptables -t mangle -I {place}"),
+                "TPROXY --on-port 15008 --on-ip 0.0.0.0 --tproxy-mark 0x111/0xfff (this rule is missing)",
+            ));
+        } else {
+            all.push(by_ipv6(damage(
+                "pod1-1",
+                &format!("ip6tables -t nat -D ISTIO_OUTPUT ! -d ::1/128 {redirect}"),
+                &format!("ip6tables -t nat -A ISTIO_OUTPUT ! -d ::1/128 {redirect}"),
+                "REDIRECT --to-ports 15001 (this rule is missing)",
+            )));
+        }
+        return all;
     }
     let tproxy =
         "-i pistioout -p tcp -j TPROXY --on-port 15001 --on-ip 127.0.0.1 --tproxy-mark 0x400/0xfff";
-    vec![
+    let mut all = vec![
         damage(
             "proxy1",
             &format!("iptables -t mangle -D PREROUTING {tproxy}"),
@@ -217,19 +337,34 @@ fn damages(variant: Variant, ip: &str) -> Vec<Damage> {
             "ip rule add pref 101 fwmark 0x100/0x100 lookup 101 proto 133",
             "this ip rule is missing",
         ),
-    ]
+    ];
+    if style == NodeTunnel {
+        all.push(by_ipv6(damage(
+            "node1",
+            "ip -6 rule del pref 101",
+            "ip -6 rule add pref 101 fwmark 0x100/0x100 lookup 101 proto 133",
+            "this ip rule is missing",
+        )));
+    }
+    all
 }
 
 #[rstest]
-#[case::node_hybrid(Variant::NodeHybrid)]
-#[case::node_tunnel(Variant::NodeTunnel)]
-#[case::inpod(Variant::Inpod)]
-fn one_rule_changed_by_hand_is_flagged_at_its_hop(#[case] variant: Variant) {
-    let scene = scene(variant);
+#[case::node_hybrid(NodeHybrid)]
+#[case::node_tunnel(NodeTunnel)]
+#[case::redirect(Redirect)]
+#[case::tproxy(Tproxy)]
+#[case::nftables(Nftables)]
+fn one_rule_changed_by_hand_is_flagged_at_its_hop(#[case] style: Style) {
+    let scene = scene(style);
     let _alone = scene.quiet.lock().unwrap();
-    let what = "alpha/pod1-1 alpha/pod2-1:8080";
     let ip = scene.ip("pod1-1").to_string();
-    for it in damages(variant, &ip) {
+    for it in damages(style, &ip) {
+        let what = match it.ipv6 {
+            true => format!("alpha/pod1-1 {}", scene.at6("pod2-1")),
+            false => "alpha/pod1-1 alpha/pod2-1:8080".to_owned(),
+        };
+        let what = what.as_str();
         sh(&scene, it.target, &it.breaks);
         let way = explained(&scene, 3, what);
         let flags: Vec<&Hop> = way.hops().filter(|hop| hop.differs.is_some()).collect();
@@ -245,11 +380,7 @@ fn one_rule_changed_by_hand_is_flagged_at_its_hop(#[case] variant: Variant) {
 
 #[track_caller]
 fn traced(scene: &Scene, code: i32, what: &str) -> Trace {
-    let arguments = format!("ambidex trace -o json {what}");
-    let argv: Vec<&str> = arguments.split(' ').collect();
-    let done = scene.lab.run("node1", &argv, COMMAND_LIMIT).unwrap();
-    assert_eq!(done.code, code, "{what}: {}{}", done.stdout, done.stderr);
-    serde_json::from_str(&done.stdout).unwrap()
+    serde_json::from_str(&said(scene, code, &format!("trace -o json {what}"))).unwrap()
 }
 
 /// How many hops of a packet were seen on their device, and how many rules counted it.
@@ -263,11 +394,13 @@ fn evidence(trace: &Trace, leg: usize, phase: &str) -> (usize, usize) {
 }
 
 #[rstest]
-#[case::node_hybrid(Variant::NodeHybrid)]
-#[case::node_tunnel(Variant::NodeTunnel)]
-#[case::inpod(Variant::Inpod)]
-fn what_is_seen_is_what_was_predicted(#[case] variant: Variant) {
-    let scene = scene(variant);
+#[case::node_hybrid(NodeHybrid)]
+#[case::node_tunnel(NodeTunnel)]
+#[case::redirect(Redirect)]
+#[case::tproxy(Tproxy)]
+#[case::nftables(Nftables)]
+fn what_is_seen_is_what_was_predicted(#[case] style: Style) {
+    let scene = scene(style);
     let _alone = scene.quiet.lock().unwrap();
     // The second time through the tunnel that is open already, which is no disagreement.
     for turn in ["first", "second"] {
@@ -302,6 +435,12 @@ fn what_is_seen_is_what_was_predicted(#[case] variant: Variant) {
             "{turn}: both nodes and both ends: {on_devices}"
         );
     }
+    if scene.lab.topology().families.have_v6() {
+        let trace = traced(&scene, 0, &format!("alpha/pod1-1 {}", scene.at6("pod2-1")));
+        assert_eq!(trace.connection.tunnel, Some(true));
+        assert!(evidence(&trace, 1, "later").0 >= 4, "{trace:#?}");
+        assert!(trace.tracked.iter().any(|it| it.original.starts_with('[')));
+    }
     // By a service, with whichever endpoint; on one node; in the clear; from the node past the proxy.
     let service = traced(&scene, 0, "alpha/pod1-1 beta/echo:80");
     assert!(service.connection.endpoint.is_some());
@@ -312,27 +451,28 @@ fn what_is_seen_is_what_was_predicted(#[case] variant: Variant) {
     assert_eq!(probe.connection.tunnel, None);
 }
 
-/// What the prediction cannot know of, the trace finds: rules of nftables' own.
+/// What the prediction cannot know of, the trace finds: a rule whose condition is not evaluated.
 #[rstest]
-#[case::node_hybrid(Variant::NodeHybrid, "node1", "prerouting")]
-#[case::inpod(Variant::Inpod, "pod1-1", "output")]
+#[case::node_hybrid(NodeHybrid, "node1", "prerouting")]
+#[case::redirect(Redirect, "pod1-1", "output")]
 fn what_is_not_as_predicted_is_said(
-    #[case] variant: Variant,
+    #[case] style: Style,
     #[case] target: &str,
     #[case] hook: &str,
 ) {
-    let scene = scene(variant);
+    let scene = scene(style);
     let _alone = scene.quiet.lock().unwrap();
     let ip = scene.ip("pod1-1");
     let rules = format!(
-        "table ip strange {{ chain c {{ type filter hook {hook} priority -400; ip saddr {ip} tcp dport 8080 drop; }}; }}"
+        "table ip strange {{ chain c {{ type filter hook {hook} priority -400; ip saddr {ip} ip ttl > 1 tcp dport 8080 drop; }}; }}"
     );
     sh(&scene, target, &format!("nft '{rules}'"));
     let trace = traced(&scene, 3, "alpha/pod1-1 alpha/pod2-1:8080");
     sh(&scene, target, "nft delete table ip strange");
     assert_eq!(trace.explanation.differences(), 0, "{trace:#?}");
-    let notes = trace.explanation.notes.join(" ");
-    assert!(notes.contains("strange"), "{notes}");
+    let mut unknown = trace.explanation.hops().filter(|hop| hop.unknown.is_some());
+    let rule = unknown.next().unwrap().rule.as_ref().unwrap();
+    assert!(rule.foreign && rule.table == "ip strange", "{rule:#?}");
     assert!(trace.connection.failed.is_some());
     let first = &trace.seen[0][0].hops;
     let missing = first
@@ -340,11 +480,257 @@ fn what_is_not_as_predicted_is_said(
         .position(|hop| hop.disagrees.is_some())
         .unwrap();
     let hop = &trace.explanation.legs[0].walks[0].hops[missing];
-    let place = if variant.is_node() {
+    let place = if style.is_node() {
         "node1"
     } else {
         "pod alpha/pod1-1"
     };
     assert_eq!(hop.place, place, "{hop:#?}");
     traced(&scene, 0, "alpha/pod1-1 alpha/pod2-1:8080");
+}
+
+/// The third article's story, line by line, of a connection that nobody made before.
+#[test]
+fn a_trace_tells_the_articles_story() {
+    let scene = scene(NodeTunnel);
+    let _alone = scene.quiet.lock().unwrap();
+    let topology = scene.lab.topology();
+    let (far, _) = topology.pod("pod2-2").unwrap();
+    let overlay = said(&scene, 0, "explain -o json beta/pod1-2 beta/pod2-2:8080");
+    let overlay = ["geneve", "vxlan"]
+        .into_iter()
+        .find(|kind| overlay.contains(&format!("{kind} id")));
+    let mut names = article::Names {
+        places: [
+            "pod beta/pod1-2",
+            "node1",
+            "proxy1",
+            "node2",
+            "proxy2",
+            "pod beta/pod2-2",
+        ]
+        .map(str::to_owned),
+        client: scene.ip("pod1-2").to_string(),
+        destination: scene.ip("pod2-2").to_string(),
+        gateway: far.pod_gateway.to_string(),
+        overlay: overlay.unwrap().to_owned(),
+        veth: "vethp2".to_owned(),
+    };
+    let story = said(&scene, 0, "trace -o story beta/pod1-2 beta/pod2-2:8080");
+    let lines = article::held(&story, &article::POD_TO_POD, &names).unwrap();
+    assert_eq!(lines.len(), article::POD_TO_POD.len());
+    assert!(story.contains("conntrack -L:"), "{story}");
+    let proven = format!("proven client: {}", scene.identity("pod1-2"));
+    assert!(story.contains(&proven), "{story}");
+    // Every station is needed, and none may lack what was seen of it.
+    let all: Vec<&str> = story.lines().collect();
+    for line in lines {
+        let without: Vec<&str> = [&all[..line], &all[line + 1..]].concat();
+        let told = article::held(&without.join("\n"), &article::POD_TO_POD, &names);
+        assert!(told.is_err(), "not missed: {}", all[line]);
+    }
+    let unseen = story.replace(" ms ", "    ");
+    assert!(article::held(&unseen, &article::POD_TO_POD, &names).is_err());
+    // What comes in the clear.
+    let (near, pod) = topology.pod("pod1-2").unwrap();
+    names.destination = pod.ip.to_string();
+    names.gateway = near.pod_gateway.to_string();
+    let story = said(&scene, 0, "trace -o story beta/pod1-2 8080 --from plain1");
+    article::held(&story, &article::PLAIN_TO_POD, &names).unwrap();
+}
+
+/// A diagram has every hop, and nothing that Mermaid would not read.
+#[rstest]
+#[case::node_tunnel(NodeTunnel)]
+#[case::nftables(Nftables)]
+fn a_diagram_has_every_hop(#[case] style: Style) {
+    let scene = scene(style);
+    let _alone = scene.quiet.lock().unwrap();
+    let what = format!("alpha/pod1-1 {}", scene.at("pod2-1"));
+    let predicted = explained(&scene, 0, &what);
+    let diagram = said(&scene, 0, &format!("explain -o mermaid {what}"));
+    let texts = mermaid::texts(&diagram).unwrap();
+    let mut at = 0;
+    for hop in predicted.hops().filter(|hop| !hop.is_idle()) {
+        let text = plain(&hop.text);
+        let rule = hop
+            .rule
+            .as_ref()
+            .map_or(String::new(), |rule| plain(&rule.text));
+        let next = texts[at..]
+            .iter()
+            .position(|it| it.contains(&text) && it.contains(&rule));
+        // A packet's arrival stands at its arrow, whose line has its departure.
+        at += next.unwrap_or_else(|| panic!("{text} {rule} is not behind {at} in {diagram}"));
+        at += usize::from(hop.kind != Kind::Transmitted);
+    }
+    let diagram = said(&scene, 0, &format!("trace -o mermaid {what}"));
+    let timed = mermaid::texts(&diagram).unwrap();
+    assert!(timed.len() >= texts.len(), "{diagram}");
+    let times = timed.iter().filter(|text| text.contains(" ms)")).count();
+    assert!(times >= 10, "{diagram}");
+}
+
+/// The next connection of a pod, made by somebody else, and by a client that no proxy of its own has.
+#[rstest]
+#[case::node_hybrid(
+    NodeHybrid,
+    "pod1-1",
+    "pod2-1",
+    "alpha/pod1-1 alpha/pod2-1:8080",
+    "proxy:15001"
+)]
+#[case::tproxy(
+    Tproxy,
+    "pod1-1",
+    "pod2-1",
+    "alpha/pod1-1 alpha/pod2-1:8080",
+    "proxy:15001"
+)]
+#[case::from_plain(
+    Redirect,
+    "plain1",
+    "pod1-1",
+    "alpha/pod1-1 8080 --from plain1",
+    "proxy:15006"
+)]
+fn the_next_connection_is_followed(
+    #[case] style: Style,
+    #[case] from: &str,
+    #[case] to: &str,
+    #[case] what: &str,
+    #[case] taken_by: &str,
+) {
+    let scene = scene(style);
+    let _alone = scene.quiet.lock().unwrap();
+    // A connection that is open before is not the next one.
+    scene.check(from, scene.at(to), Check::Who);
+    let name = scene.lab.name();
+    let arguments =
+        format!("lab exec --name {name} node1 -- ambidex trace -o json --follow {what}");
+    let mut child = Command::new(ambidex())
+        .args(arguments.split(' '))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It says when it listens.
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    let waits = said.any(|line| line.unwrap().contains("waiting for the next connection"));
+    assert!(waits, "it ended before");
+    // More than a pipe holds.
+    let mut stdout = child.stdout.take().unwrap();
+    let text = std::thread::spawn(move || {
+        let mut text = String::new();
+        stdout.read_to_string(&mut text).unwrap();
+        text
+    });
+    let slow = Check::OneByteWrites {
+        count: 200,
+        pause_ms: 2_000,
+    };
+    while child.try_wait().unwrap().is_none() {
+        scene.check(from, scene.at(to), slow.clone());
+    }
+    let text = text.join().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{text}");
+    let trace: Trace = serde_json::from_str(&text).unwrap();
+    assert_eq!(trace.connection.legs[0].from.ip(), scene.ip(from));
+    assert_eq!(accepted(&trace.explanation)[0], taken_by);
+    assert!(evidence(&trace, 0, "first").0 > 0, "{trace:#?}");
+    assert_eq!(trace.contradictions, Vec::<String>::new());
+}
+
+/// The same connection in two captures, next to each other.
+#[test]
+fn two_captures_are_compared() {
+    let (node, inpod) = (scene(NodeTunnel), scene(Redirect));
+    let (_one, _other) = (node.quiet.lock().unwrap(), inpod.quiet.lock().unwrap());
+    let what = "alpha/pod1-1 alpha/pod2-1:8080";
+    let left = traced(&node, 0, what);
+    let path = inpod.lab.dir().join("other-trace.json");
+    std::fs::write(&path, serde_json::to_vec(&left).unwrap()).unwrap();
+    let compare = format!("--compare {}", path.display());
+    let both = said(&inpod, 0, &format!("trace {compare} {what}"));
+    let heading = both.lines().next().unwrap();
+    assert!(heading.contains("(node, tunnel)") && heading.contains("(inpod, redirect)"));
+    let (mark, redirect) = ("mark 0 → 0x100", "REDIRECT --to-ports 15001");
+    let column = |text: &str| {
+        let line = both.lines().find(|line| line.contains(text));
+        let line = line.unwrap_or_else(|| panic!("no {text} in {both}"));
+        line.split(text).next().unwrap().chars().count()
+    };
+    assert!(column(mark) < column(redirect), "{both}");
+    assert!(!both.contains("table 101"), "{both}");
+    let wide = said(&inpod, 0, &format!("trace -o wide {compare} {what}"));
+    assert!(
+        wide.contains("table 101: default via 192.168.127.2"),
+        "{wide}"
+    );
+    let pair = said(&inpod, 0, &format!("trace -o json {compare} {what}"));
+    let pair: Vec<Trace> = serde_json::from_str(&pair).unwrap();
+    assert_eq!(pair[0], left);
+    assert_eq!(
+        pair[1].explanation.capture.as_deref(),
+        Some("inpod, redirect")
+    );
+    let wrong = said(&inpod, 1, &format!("trace -o mermaid {compare} {what}"));
+    assert!(wrong.contains("leave out --compare"), "{wrong}");
+    std::fs::write(&path, "{}").unwrap();
+    let wrong = said(&inpod, 1, &format!("trace {compare} {what}"));
+    assert!(wrong.contains("no trace as `-o json` writes it"), "{wrong}");
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Odd questions get an answer that says what to do, or a prediction; never a panic.
+#[rstest]
+#[case("nobody/there 10.244.2.10:80", "there are alpha/pod1-1")]
+#[case(
+    "10.244.1.10 10.244.2.10:80",
+    "not its address 10.244.1.10 alpha/pod1-1"
+)]
+#[case("alpha/pod1-1 10.244.2.10", "has no port")]
+#[case("alpha/pod1-1 fd00:10:244:2::10", "want [ADDRESS]:PORT")]
+#[case("alpha/pod1-1 fd00:10:244:2::10:zz", "in brackets")]
+#[case("alpha/pod1-1 [fd00:10:244:2::10]:8080", "no address of the family")]
+#[case("alpha/pod1-1 10.244.2.10:http", "\"http\" is no port")]
+#[case("alpha/pod1-1 10.244.2.10:70000", "\"70000\" is no port")]
+#[case("alpha/pod1-1 10.244.2.10:0", "port 0")]
+#[case("alpha/pod1-1 nothing:80", "no service nothing")]
+#[case(
+    "alpha/pod1-1 eighty --from node1",
+    "neither a port of pod alpha/pod1-1"
+)]
+#[case(
+    "alpha/pod1-1 80 --from nowhere",
+    "neither a node (node1, node2) nor a pod"
+)]
+fn an_odd_question_is_answered(#[case] what: &str, #[case] answer: &str) {
+    let scene = scene(NodeHybrid);
+    let _alone = scene.quiet.lock().unwrap();
+    for command in ["explain", "trace"] {
+        let answered = said(&scene, 1, &format!("{command} {what}"));
+        assert!(answered.contains(answer), "{command} {what}: {answered}");
+    }
+}
+
+/// A port that nobody serves, and an address that nobody has.
+#[rstest]
+#[case(NodeHybrid)]
+#[case(Nftables)]
+fn what_does_not_arrive_is_predicted(#[case] style: Style) {
+    let scene = scene(style);
+    let _alone = scene.quiet.lock().unwrap();
+    let closed = explained(&scene, 0, "alpha/pod1-1 alpha/pod2-1:9");
+    assert_eq!(accepted(&closed), ["proxy:15001", "proxy:15008", "nobody"]);
+    let last = &closed.legs.last().unwrap().walks[0];
+    assert!(last.ends.contains("nobody listens on port 9"), "{last:#?}");
+    let nobody = explained(&scene, 0, "alpha/pod1-1 10.244.2.99:80");
+    assert_eq!(accepted(&nobody)[0], "proxy:15001");
+    let yaml = said(&scene, 0, "explain -o yaml alpha/pod1-1 alpha/pod2-1:9");
+    assert!(
+        yaml.contains("acceptedBy: proxy:15001") || yaml.contains("acceptedBy: \"proxy:15001\""),
+        "{yaml}"
+    );
 }

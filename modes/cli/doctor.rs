@@ -14,7 +14,7 @@ use crate::doctor::collect::{Sources, collect};
 use crate::doctor::{
     Facts, Finding, Findings, Recommendation, Severity, catalogue, evaluate, recommended,
 };
-use crate::options::Capture;
+use crate::options::{Capture, InpodRules};
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
@@ -36,6 +36,9 @@ pub(crate) struct DoctorArgs {
     /// UDP port that the agent's tunnels are to have
     #[arg(long, env = "AMBIDEX_GENEVE_PORT", value_name = "PORT")]
     geneve_port: Option<u16>,
+    /// How the agent is to write rules in pods
+    #[arg(long, value_enum, value_name = "STYLE")]
+    inpod_rules: Option<InpodRules>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -75,6 +78,7 @@ pub(crate) fn run(args: DoctorArgs) -> Result<(), Failure> {
         Some(path) => recorded(path)?,
         None => block_on(collect(&Sources {
             overlay_port: args.geneve_port,
+            inpod_rules: args.inpod_rules,
             ..Sources::from_env(args.cni_conf_dir)
         }))?,
     };

@@ -17,6 +17,10 @@ pub(super) enum Form {
     Wide,
     /// JSON
     Json,
+    /// YAML
+    Yaml,
+    /// One line a station of each connection's first packet, as ipset, iptables-save and ip would show it
+    Story,
     /// A sequence diagram for Mermaid
     Mermaid,
 }
@@ -51,6 +55,8 @@ pub(crate) fn run(args: ExplainArgs) -> Result<(), Failure> {
         Form::Table => render::table(&explanation, false),
         Form::Wide => render::table(&explanation, true),
         Form::Json => format!("{}\n", serde_json::to_string_pretty(&explanation)?),
+        Form::Yaml => serde_saphyr::to_string(&explanation)?,
+        Form::Story => render::story(&explanation),
         Form::Mermaid => render::mermaid(&explanation),
     })?;
     if explanation.differences() == 0 {

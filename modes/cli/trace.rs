@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 
 use super::explain::Form;
@@ -40,7 +40,7 @@ pub(crate) struct TraceArgs {
     /// Of a service's endpoints the one to predict where no connection comes about (default: the first)
     #[arg(long, value_name = "ADDRESS:PORT")]
     endpoint: Option<SocketAddr>,
-    /// Print it next to another trace, which `-o json` wrote
+    /// Print it next to another trace, which `-o json` wrote: in two columns; as a list of both with -o json and yaml
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
     /// Output format
@@ -49,11 +49,15 @@ pub(crate) struct TraceArgs {
 }
 
 pub(crate) fn run(args: TraceArgs) -> Result<(), Failure> {
+    if args.compare.is_some() && matches!(args.output, Form::Mermaid | Form::Story) {
+        return Err(anyhow!("-o mermaid and -o story show one trace: leave out --compare").into());
+    }
     let other: Option<Trace> = match &args.compare {
         Some(path) => {
             let name = || path.display().to_string();
             let text = std::fs::read(path).with_context(name)?;
-            Some(serde_json::from_slice(&text).with_context(name)?)
+            let read = serde_json::from_slice(&text);
+            Some(read.with_context(|| format!("{}: no trace as `-o json` writes it", name()))?)
         }
         None => None,
     };
@@ -69,10 +73,17 @@ pub(crate) fn run(args: TraceArgs) -> Result<(), Failure> {
     };
     let trace = block_on(trace::trace(&wanted))??;
     print(&match (other, args.output) {
-        (Some(other), _) => render::side_by_side(&other, &trace),
+        (Some(other), Form::Json) => format!(
+            "{}\n",
+            serde_json::to_string_pretty(&[other, trace.clone()])?
+        ),
+        (Some(other), Form::Yaml) => serde_saphyr::to_string(&[other, trace.clone()])?,
+        (Some(other), form) => render::side_by_side(&other, &trace, form == Form::Wide),
         (None, Form::Table) => render::table(&trace, false),
         (None, Form::Wide) => render::table(&trace, true),
         (None, Form::Json) => format!("{}\n", serde_json::to_string_pretty(&trace)?),
+        (None, Form::Yaml) => serde_saphyr::to_string(&trace)?,
+        (None, Form::Story) => render::story(&trace),
         (None, Form::Mermaid) => render::mermaid(&trace),
     })?;
     if trace.disagreements() + trace.explanation.differences() == 0 {

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use host_net::netns::Netns;
 
 use super::facts::Facts;
+use crate::options::InpodRules;
 use crate::run_dir::{RunDir, state_dir};
 
 /// Where to look.
@@ -23,6 +24,8 @@ pub struct Sources {
     pub cni_conf_dir: PathBuf,
     /// UDP port of the node capture's tunnels.
     pub overlay_port: Option<u16>,
+    /// How rules in pods are to be written.
+    pub inpod_rules: Option<InpodRules>,
 }
 
 impl Sources {
@@ -33,6 +36,7 @@ impl Sources {
             state_dir: state_dir(),
             cni_conf_dir,
             overlay_port: None,
+            inpod_rules: None,
         }
     }
 }
@@ -42,6 +46,7 @@ pub async fn collect(sources: &Sources) -> Facts {
     let mut facts = Facts {
         kernel: machine::kernel(),
         overlay_port: sources.overlay_port,
+        inpod_rules: sources.inpod_rules,
         iptables_choice: std::env::var(host_net::iptables::VARIANT_VARIABLE).ok(),
         ..Facts::default()
     };

@@ -10,6 +10,8 @@ use ipnet::IpNet;
 use node_redirect::facts::{OVERLAY_PORT, TUNNEL_IN};
 use serde::{Deserialize, Serialize};
 
+use crate::options::InpodRules;
+
 /// A machine as seen from one network namespace. What is absent is not known, and nothing is concluded from it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -64,6 +66,8 @@ pub struct Facts {
     pub proxy_sysctls: BTreeMap<String, String>,
     /// The UDP port that the tunnels are to have (`--geneve-port`), if not that of those that stand, or else the usual one.
     pub overlay_port: Option<u16>,
+    /// How rules in pods are to be written (`--inpod-rules`), if not in the usual way.
+    pub inpod_rules: Option<InpodRules>,
     /// What could not be looked at, and why.
     pub unreadable: BTreeMap<String, String>,
 }
@@ -102,6 +106,8 @@ pub enum Feature {
     Owner,
     /// Match comment.
     Comment,
+    /// The program nft, and tables of its own that redirect.
+    Nftables,
     /// Sets of kind hash:ip, with comments.
     IpsetHashIp,
     /// Policy routing by mark.

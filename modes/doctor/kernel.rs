@@ -6,11 +6,12 @@ use node_redirect::facts::{LIVE_PODS_SET, PODS_SET, TUNNEL_IN, TUNNEL_OUT};
 
 use super::catalogue::{BOTH, Check, Found, INPOD, NODE};
 use super::facts::{Facts, Feature};
+use crate::options::InpodRules;
 
 /// Share of the connection table, in percent, above which it is called nearly full.
 const NEARLY_FULL: u64 = 80;
 
-pub(super) static CHECKS: [Check; 21] = [
+pub(super) static CHECKS: [Check; 22] = [
     Check {
         id: "host/netns",
         title: "network namespaces can be made and entered",
@@ -152,6 +153,17 @@ pub(super) static CHECKS: [Check; 21] = [
         why: "connections are redirected to the proxy's ports inside the pod",
         fix: "modprobe xt_REDIRECT, or choose --inpod-rules nftables",
         look: |facts| lacking(facts, Feature::Redirect),
+    },
+    Check {
+        id: "inpod/nft",
+        title: "with --inpod-rules nftables, nft works",
+        modes: INPOD,
+        why: "this style writes its rules in pods with the program nft, and without it enrols no pod",
+        fix: "apt-get install nftables; modprobe nf_tables nft_redir; or leave --inpod-rules at redirect",
+        look: |facts| match facts.inpod_rules {
+            Some(InpodRules::Nftables) => lacking(facts, Feature::Nftables),
+            _ => Vec::new(),
+        },
     },
     Check {
         id: "inpod/xt-owner",

@@ -13,7 +13,7 @@ type Key<'a> = (&'a str, Kind, Option<&'a str>, String);
 fn key(hop: &Hop) -> Key<'_> {
     let what = match (&hop.rule, &hop.route) {
         (Some(rule), _) => format!("{} {} {}", rule.table, rule.chain, rule.text),
-        (_, Some(route)) => format!("{} {}", route.rule, route.route),
+        (_, Some(route)) => format!("{} {} {}", route.rule, route.table, route.route),
         _ => hop.text.clone(),
     };
     (&hop.place, hop.kind, hop.device.as_deref(), what)
@@ -63,6 +63,8 @@ pub(super) fn flag(live: &mut [Hop], planned: &[Hop], now: &World, wanted: &Worl
 /// A planned hop, and what of it the kernel does not have.
 fn described(hop: &Hop, now: &World, wanted: &World) -> String {
     let rule = hop.rule.as_ref();
+    // Both families have rules of the same words.
+    let family = usize::from(hop.packet.starts_with('['));
     let mut text = match rule {
         Some(rule) => format!(
             "in {}: {} {}: {}",
@@ -76,12 +78,10 @@ fn described(hop: &Hop, now: &World, wanted: &World) -> String {
         return text;
     };
     if let Some(rule) = rule {
-        let there = now.tables.iter().any(|tables| {
-            let chain = tables
-                .get(&rule.table)
-                .and_then(|chains| chains.get(&rule.chain));
-            chain.is_some_and(|chain| chain.rules.iter().any(|it| it.text == rule.text))
-        });
+        let chain = now.tables[family]
+            .get(&rule.table)
+            .and_then(|chains| chains.get(&rule.chain));
+        let there = chain.is_some_and(|chain| chain.rules.iter().any(|it| it.text == rule.text));
         if !there {
             text.push_str(" (this rule is missing)");
         }
@@ -96,11 +96,14 @@ fn described(hop: &Hop, now: &World, wanted: &World) -> String {
         }
     }
     if let Some(route) = &hop.route {
-        if !now.routes.iter().any(|it| it.text == route.route) {
+        let is_it = |it: &super::state::Route| {
+            let of_family = it.destination.addr().is_ipv6() == (family == 1);
+            of_family && (it.table, &it.text) == (route.table, &route.route)
+        };
+        if !now.routes.iter().any(is_it) {
             text.push_str(" (this route is missing)");
         }
-        let rules = now.rules.iter().flatten();
-        if !rules.into_iter().any(|it| it.text == route.rule) {
+        if !now.rules[family].iter().any(|it| it.text == route.rule) {
             text.push_str(" (this ip rule is missing)");
         }
     }

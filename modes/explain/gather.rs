@@ -9,13 +9,14 @@ use anyhow::{Context, anyhow};
 use futures_util::future::join_all;
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
-use host_net::plan::Plan;
+use host_net::plan::{Plan, Step};
 use host_net::sockets::Listeners;
 use lab::standing::{LAB_ENV, Lab};
 use lab::topology::Topology;
 use serde_json::Value;
 
 use super::mesh::Mesh;
+use super::nft;
 use super::planned;
 use super::state::State;
 use super::story::{Node, Pod, Stage};
@@ -28,6 +29,8 @@ use crate::run_dir::RunDir;
 
 /// Label of the node's namespace in plans.
 const ON_NODE: &str = "node";
+/// What a dump leaves out: whether a namespace forwards IPv6.
+const FORWARDING6: &str = "net/ipv6/conf/all/forwarding";
 /// Label of the proxy's.
 const IN_PROXY: &str = "proxy";
 
@@ -137,14 +140,15 @@ fn pods_of(nodes: &[NodeFound], topology: Option<&Topology>) -> Vec<PodFound> {
                 capture: Some(shown.pod.mode),
             });
         }
-        let of_lab = topology.and_then(|lab| lab.nodes.iter().find(|it| it.name == node.name));
+        let lab = topology;
+        let of_lab = lab.and_then(|lab| lab.nodes.iter().find(|it| it.name == node.name));
         for pod in of_lab.into_iter().flat_map(|it| &it.pods) {
             let name = format!("{}/{}", pod.namespace, pod.name);
             if !pods.iter().any(|known| known.name == name) {
                 pods.push(PodFound {
                     name,
                     node: index,
-                    addresses: vec![pod.ip.into()],
+                    addresses: lab.map_or_else(Vec::new, |lab| lab.families.addresses(pod.ip)),
                     netns: Netns::path_of(&pod.netns),
                     capture: None,
                 });
@@ -294,7 +298,9 @@ impl Found {
             .collect();
         let (mut live, mut planned) = (World::default(), World::default());
         for (state, it) in states?.into_iter().zip(&wanted) {
-            let own = Arc::new(planned::own_rules(&it.plans));
+            let ruleset = planned::ruleset(&it.plans)
+                .with_context(|| format!("planned tables of nftables in {}", it.name))?;
+            let own = Arc::new(planned::own_rules(&it.plans, &ruleset));
             let place = |state: State| Place {
                 name: it.name.clone(),
                 state: Arc::new(state),
@@ -302,9 +308,12 @@ impl Found {
                 tracking: Default::default(),
                 sockets: Vec::new(),
             };
-            planned
-                .places
-                .push(place(planned::as_planned(&state, &it.plans, it.exclusive)));
+            planned.places.push(place(planned::as_planned(
+                &state,
+                &it.plans,
+                &ruleset,
+                it.exclusive,
+            )));
             live.places.push(place(state));
         }
         let pods = self.pods.iter().enumerate().map(|(index, pod)| Pod {
@@ -313,13 +322,17 @@ impl Found {
             node: pod.node,
             place: places_of.get(&index).copied(),
             capture: pod.capture,
+            style: places_of
+                .get(&index)
+                .map_or("", |place| style(&wanted[*place].plans)),
         });
+        let pods: Vec<Pod> = pods.collect();
         Ok(Stage {
             namespaces: wanted.into_iter().map(|it| it.netns).collect(),
             live,
             planned,
             nodes,
-            pods: pods.collect(),
+            pods,
         })
     }
 
@@ -334,19 +347,41 @@ impl Found {
     }
 }
 
+/// Which rules an in-pod capture has written.
+fn style(plans: &[Plan]) -> &'static str {
+    let mut steps = plans.iter().flat_map(|plan| &plan.steps);
+    let tproxy = |step: &Step| match step {
+        Step::Chain(chain) => chain.rules.iter().any(|rule| rule.contains("-j TPROXY")),
+        _ => false,
+    };
+    if steps.clone().any(|step| matches!(step, Step::NftTable(_))) {
+        "nftables"
+    } else if steps.any(tproxy) {
+        "tproxy"
+    } else {
+        "redirect"
+    }
+}
+
 /// Whether the plan in the proxy's namespace has a way for the answers of its listeners.
 fn is_tunnel(plans: &[Plan]) -> bool {
     let mark = node_redirect::facts::MARK_SOCKET_OUTBOUND;
     plans
         .iter()
         .flat_map(|plan| &plan.steps)
-        .any(|step| matches!(step, host_net::plan::Step::Rule(rule) if rule.fwmark == Some(mark)))
+        .any(|step| matches!(step, Step::Rule(rule) if rule.fwmark == Some(mark)))
 }
 
 /// The state of a namespace, with what a dump leaves out.
 async fn read(netns: &Netns) -> anyhow::Result<State> {
     let dump = host_net::dump::dump(netns).await?;
     let mut state = State::parse(&dump);
+    if !state.not_evaluated.is_empty() {
+        state.put(&nft::read(netns)?);
+    }
+    if let Ok(forwarding) = host_net::sysctl::read(netns, FORWARDING6) {
+        state.sysctls.insert(FORWARDING6.to_owned(), forwarding);
+    }
     let links = Netlink::connect(netns).await?.links().await?;
     for device in &mut state.devices {
         if let Some(link) = links.iter().find(|link| link.name == device.name) {

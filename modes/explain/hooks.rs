@@ -1,15 +1,28 @@
-//! Rules of iptables, met by a packet at one hook.
+//! Rules of iptables and of nftables, met by a packet at one hook.
 
 use std::net::IpAddr;
 
 use super::hop::{Change, Hop, Kind, RuleHit};
 use super::packet::{End, Packet, Payload, Tracking, at};
 use super::rule::{Match, Rule, Target};
-use super::state::{State, Tables, family};
+use super::state::{Base, State, Tables, family};
 use super::world::{OwnRules, SocketEnd, shown};
 
 /// Own chains that call each other are a mistake that iptables refuses; deeper nesting than this is not met.
 const DEPTH: usize = 16;
+/// Where iptables' tables hang among the chains of nftables (`NF_IP_PRI_*`), without that of the table nat.
+const PRIORITIES: [(&str, i32); 4] = [
+    ("raw", -300),
+    ("mangle", -150),
+    ("filter", 0),
+    ("security", 50),
+];
+/// Where connection tracking looks a packet up.
+pub(super) const CONNECTION_TRACKING: i32 = -200;
+/// Where destinations are translated.
+pub(super) const DESTINATIONS: i32 = -100;
+/// Where sources are.
+pub(super) const SOURCES: i32 = 100;
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +38,27 @@ enum Flow {
     Next,
     Return,
     End(Verdict),
+}
+
+/// What a rule does to a packet.
+struct Effect {
+    flow: Flow,
+    unknown: Option<String>,
+    /// Without effect.
+    idle: bool,
+    /// A statement does not fit: those behind it are not done.
+    unfit: bool,
+}
+
+impl Effect {
+    fn new() -> Self {
+        Self {
+            flow: Flow::Next,
+            unknown: None,
+            idle: false,
+            unfit: false,
+        }
+    }
 }
 
 /// Whether a condition holds.
@@ -47,6 +81,8 @@ pub(super) struct Hook<'a> {
     pub(super) hops: &'a mut Vec<Hop>,
     /// Set by rules of the table raw: the zone, or not tracked at all.
     pub(super) zone: Option<u16>,
+    /// Set by what has the kernel look up the route again.
+    pub(super) reroute: bool,
     translation: Option<std::net::SocketAddr>,
 }
 
@@ -77,6 +113,7 @@ impl<'a> Hook<'a> {
             output,
             hops,
             zone: Some(0),
+            reroute: false,
             translation: None,
         }
     }
@@ -85,8 +122,63 @@ impl<'a> Hook<'a> {
         &self.state.tables[family(self.packet.tuple.to.ip())]
     }
 
-    /// Leads the packet through a built-in chain.
-    pub(super) fn meet(&mut self, table: &str, chain: &str) -> Verdict {
+    /// Leads the packet past everything that hangs at a hook with these priorities, but for what translates addresses.
+    pub(super) fn pass(&mut self, hook: &str, priorities: std::ops::Range<i32>) -> Verdict {
+        let family = family(self.packet.tuple.to.ip());
+        let state = self.state;
+        let of_iptables =
+            PRIORITIES.map(|(table, priority)| (priority, table, hook, table == "mangle"));
+        let here = |base: &&Base| base.hook == hook && base.families.contains(&family);
+        let of_nftables = state
+            .bases
+            .iter()
+            .filter(here)
+            .filter(|base| base.kind != "nat");
+        let of_nftables = of_nftables.map(|base| {
+            let (table, chain) = (base.table.as_str(), base.chain.as_str());
+            (base.priority, table, chain, base.kind == "route")
+        });
+        let mut all: Vec<_> = of_iptables.into_iter().chain(of_nftables).collect();
+        all.retain(|(priority, ..)| priorities.contains(priority));
+        all.sort_by_key(|(priority, ..)| *priority);
+        for (_, table, chain, reroutes) in all {
+            let before = self.packet.mark;
+            if self.meet(table, chain) == Verdict::Drop {
+                return Verdict::Drop;
+            }
+            self.reroute |= reroutes && self.packet.mark != before;
+        }
+        Verdict::Accept
+    }
+
+    /// Everything that translates addresses at a hook, until something does.
+    fn decide(&mut self, hook: &str) -> Verdict {
+        let family = family(self.packet.tuple.to.ip());
+        let state = self.state;
+        let usual = match hook {
+            "INPUT" | "POSTROUTING" => SOURCES,
+            _ => DESTINATIONS,
+        };
+        let mut all = vec![(usual, "nat", hook)];
+        for base in &state.bases {
+            if base.kind == "nat" && base.hook == hook && base.families.contains(&family) {
+                all.push((base.priority, &base.table, &base.chain));
+            }
+        }
+        all.sort_by_key(|(priority, ..)| *priority);
+        for (_, table, chain) in all {
+            if self.meet(table, chain) == Verdict::Drop {
+                return Verdict::Drop;
+            }
+            if self.translation.is_some() {
+                break;
+            }
+        }
+        Verdict::Accept
+    }
+
+    /// Leads the packet through a chain that hangs at a hook.
+    fn meet(&mut self, table: &str, chain: &str) -> Verdict {
         if self
             .tables()
             .get(table)
@@ -106,14 +198,14 @@ impl<'a> Hook<'a> {
         Verdict::Drop
     }
 
-    /// The table nat for one end, for a connection that begins; then what was decided for it.
+    /// What translates one end of a connection that begins; then what was decided for it.
     pub(super) fn translate(&mut self, chain: &str, end: End) -> Verdict {
         let Some(tracked) = self.packet.tracked else {
             return Verdict::Accept;
         };
         let mut by_rule = false;
         if !tracked.reply && self.tracking.entries[tracked.entry].is_open(end) {
-            if self.meet("nat", chain) == Verdict::Drop {
+            if self.decide(chain) == Verdict::Drop {
                 return Verdict::Drop;
             }
             let to = self.translation.take();
@@ -224,16 +316,33 @@ impl<'a> Hook<'a> {
     fn act(&mut self, rule: &Rule, hit: RuleHit) -> Flow {
         let (mark, connmark) = (self.packet.mark, self.connmark());
         let text = format!("{} {} #{}", hit.table, hit.chain, hit.position);
-        let mut flow = Flow::Next;
-        let mut unknown = None;
-        let mut kind = Kind::Rule;
-        let mut detail = false;
-        match &rule.target {
-            Target::Accept => flow = Flow::End(Verdict::Accept),
-            Target::Drop | Target::Reject => {
-                (flow, kind) = (Flow::End(Verdict::Drop), Kind::Dropped);
+        let mut effect = Effect::new();
+        self.apply(&rule.target, &mut effect);
+        let dropped = matches!(effect.flow, Flow::End(Verdict::Drop));
+        let kind = if dropped { Kind::Dropped } else { Kind::Rule };
+        self.note(kind, text, mark, connmark, Some(hit));
+        if let Some(hop) = self.hops.last_mut() {
+            hop.unknown = effect.unknown;
+            hop.detail = effect.idle;
+        }
+        effect.flow
+    }
+
+    fn apply(&mut self, target: &Target, effect: &mut Effect) {
+        let (mark, connmark) = (self.packet.mark, self.connmark());
+        let ended = |verdict| Flow::End(verdict);
+        match target {
+            Target::Several(targets) => {
+                for target in targets {
+                    self.apply(target, effect);
+                    if effect.unfit {
+                        break;
+                    }
+                }
             }
-            Target::Return => (flow, detail) = (Flow::Return, true),
+            Target::Accept => effect.flow = ended(Verdict::Accept),
+            Target::Drop | Target::Reject => effect.flow = ended(Verdict::Drop),
+            Target::Return => (effect.flow, effect.idle) = (Flow::Return, true),
             Target::Mark(value) => self.packet.mark = value.applied(mark),
             Target::ConnectionMark(value) => {
                 self.tracking.set_mark(self.packet, value.applied(connmark));
@@ -246,29 +355,32 @@ impl<'a> Hook<'a> {
                 self.packet.mark = (mark & !packet) ^ (connmark & connection);
             }
             Target::Tproxy(port, value) => {
-                flow = Flow::End(Verdict::Accept);
-                if self.is_for_socket(false)
-                    || self.state.listens(at(self.packet.tuple.to.ip(), *port))
-                {
+                if self.may_give(*port) {
+                    effect.flow = ended(Verdict::Accept);
                     self.packet.mark = value.applied(mark);
-                    self.packet.given_to = Some(*port);
                 } else {
-                    (flow, kind) = (Flow::End(Verdict::Drop), Kind::Dropped);
-                    unknown = Some(format!("nobody listens on port {port}"));
+                    effect.flow = ended(Verdict::Drop);
+                    effect.unknown = Some(format!("nobody listens on port {port}"));
+                }
+            }
+            Target::Give(port) => {
+                effect.unfit = !self.may_give(*port);
+                if effect.unfit {
+                    effect.unknown = Some(format!("nobody listens on port {port}"));
                 }
             }
             Target::Redirect(port) => {
                 let ip = self.own_address();
                 self.translation = Some(at(ip, *port));
-                flow = Flow::End(Verdict::Accept);
+                effect.flow = ended(Verdict::Accept);
             }
             Target::Dnat(to) => {
                 self.translation = Some(to.of(self.packet.tuple.to));
-                flow = Flow::End(Verdict::Accept);
+                effect.flow = ended(Verdict::Accept);
             }
             Target::Snat(to) => {
                 self.translation = Some(to.of(self.packet.tuple.from));
-                flow = Flow::End(Verdict::Accept);
+                effect.flow = ended(Verdict::Accept);
             }
             Target::Masquerade => {
                 let like = self.packet.tuple.from;
@@ -276,20 +388,27 @@ impl<'a> Hook<'a> {
                     .output
                     .and_then(|dev| self.state.address_of(dev, like.ip()));
                 self.translation = Some(at(ip.unwrap_or(like.ip()), like.port()));
-                flow = Flow::End(Verdict::Accept);
+                effect.flow = ended(Verdict::Accept);
             }
             Target::Zone(zone) => self.zone = Some(*zone),
             Target::Untracked => self.zone = None,
-            Target::Nothing => detail = true,
-            Target::Unknown(what) => unknown = Some(what.clone()),
-            Target::Chain(_) | Target::Goto(_) => {}
+            Target::Nothing => effect.idle = true,
+            Target::Unknown(what) => effect.unknown = Some(what.clone()),
+            // Alone these are followed by `chain`; nftables has them behind statements, too.
+            Target::Chain(name) | Target::Goto(name) => {
+                effect.unknown = Some(format!("jump to {name} behind another statement"));
+            }
         }
-        self.note(kind, text, mark, connmark, Some(hit));
-        if let Some(hop) = self.hops.last_mut() {
-            hop.unknown = unknown;
-            hop.detail = detail;
+    }
+
+    /// Gives the packet to a socket of this namespace that listens on this port, or has the connection already.
+    fn may_give(&mut self, port: u16) -> bool {
+        let listens = self.state.listens(at(self.packet.tuple.to.ip(), port));
+        let found = self.is_for_socket(false) || listens;
+        if found {
+            self.packet.given_to = Some(port);
         }
-        flow
+        found
     }
 
     /// Where REDIRECT leads: loopback for what is sent from here, the input device's address for what arrives.
@@ -374,6 +493,14 @@ impl<'a> Hook<'a> {
                     "LOCAL" => self.state.owns(ip),
                     other => return Err(format!("addresses of type {other}")),
                 }
+            }
+            Match::Family(index) => family(tuple.to.ip()) == *index,
+            Match::AnyOf(conditions) => {
+                let mut any = false;
+                for condition in conditions {
+                    any |= self.holds(condition)?;
+                }
+                any
             }
             Match::Unknown(what) => return Err(what.clone()),
         })

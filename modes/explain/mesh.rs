@@ -1,7 +1,7 @@
 //! What a proxy will decide about a connection, from what it says that it knows of the mesh.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
@@ -101,7 +101,7 @@ impl Mesh {
     }
 
     /// Hostname of the service that has this address.
-    pub fn service_at(&self, ip: std::net::IpAddr) -> Option<String> {
+    pub fn service_at(&self, ip: IpAddr) -> Option<String> {
         let service = self.0.service_by_vip(ip)?;
         Some(service.hostname.to_string())
     }
@@ -132,9 +132,11 @@ impl Mesh {
         };
         let identity = client.identity().ok().map(|identity| identity.to_string());
         let mut outbound = match self.0.service_by_vip(to.ip()) {
-            Some(service) => self.service(&client, &service, to, wanted),
-            None => match self.0.workload_by_ip(to.ip()) {
-                Some(workload) => Self::workload(&workload, to.port(), None),
+            Some(service) if !service.is_passthrough() => {
+                self.service(&client, &service, to, wanted)
+            }
+            _ => match self.0.workload_by_ip(to.ip()) {
+                Some(workload) => Self::workload(&workload, to, true),
                 None => Outbound {
                     decision: Decision::new(
                         Way::Plain,
@@ -166,9 +168,9 @@ impl Mesh {
                 .0
                 .choose_endpoint(service, client, Wanted::Port(to.port()), &mut rng);
             if let Some((workload, port)) = drawn
-                && let Some(ip) = workload.addresses.first()
+                && let Some(ip) = like(&workload.addresses, to.ip())
             {
-                choices.insert(SocketAddr::new(*ip, port), workload);
+                choices.insert(SocketAddr::new(ip, port), workload);
             }
         }
         let among: Vec<SocketAddr> = choices.keys().copied().collect();
@@ -191,7 +193,7 @@ impl Mesh {
         if service.waypoint.is_some() {
             return Outbound::by_waypoint(format!("service {name}"));
         }
-        let mut outbound = Self::workload(workload, address.port(), Some(address));
+        let mut outbound = Self::workload(workload, address, false);
         let of = if among.len() > 1 {
             let all: Vec<String> = among.iter().map(ToString::to_string).collect();
             format!(" (any of {}; this one is shown)", all.join(", "))
@@ -203,21 +205,12 @@ impl Mesh {
         outbound
     }
 
-    fn workload(workload: &Workload, port: u16, address: Option<SocketAddr>) -> Outbound {
+    /// To an address of a workload; `named`: the client named it itself, and no service of it.
+    fn workload(workload: &Workload, target: SocketAddr, named: bool) -> Outbound {
         let name = workload.display_name();
-        if workload.waypoint.is_some() && address.is_none() {
+        if workload.waypoint.is_some() && named {
             return Outbound::by_waypoint(format!("pod {name}"));
         }
-        let Some(ip) = address
-            .map(|it| it.ip())
-            .or(workload.addresses.first().copied())
-        else {
-            return Outbound {
-                decision: Decision::new(Way::Unknown, format!("{name} has no address")),
-                next: None,
-            };
-        };
-        let target = SocketAddr::new(ip, port);
         if workload.protocol == Protocol::Tcp {
             let text = format!("{name} takes no tunnel: plain TCP to {target}");
             return Outbound {
@@ -225,7 +218,7 @@ impl Mesh {
                 next: Some((target, target)),
             };
         }
-        let dialled = SocketAddr::new(ip, HBONE_PORT);
+        let dialled = SocketAddr::new(target.ip(), HBONE_PORT);
         let text = format!("HBONE to {name} at {dialled}, CONNECT {target}");
         let mut decision = Decision::new(Way::Hbone, text);
         decision.destination_identity = workload.identity().ok().map(|it| it.to_string());
@@ -276,6 +269,12 @@ impl Mesh {
         decision.destination_identity = workload.identity().ok().map(|it| it.to_string());
         decision
     }
+}
+
+/// Of several addresses the first one of the same family, else the first one.
+pub(super) fn like(addresses: &[IpAddr], of: IpAddr) -> Option<IpAddr> {
+    let mut same = addresses.iter().filter(|ip| ip.is_ipv4() == of.is_ipv4());
+    same.next().or(addresses.first()).copied()
 }
 
 impl Decision {

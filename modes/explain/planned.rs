@@ -4,16 +4,42 @@ use std::collections::BTreeMap;
 
 use host_net::plan::{self, Plan, Position, RuleAction, Step};
 
+use super::nft::{self, Ruleset};
 use super::rule::Rule;
-use super::state::{Chain, Device, Overlay, State, policy_rule, route};
+use super::state::{Chain, Device, Overlay, Route, State, policy_rule, route};
 use super::world::OwnRules;
 
 /// A chain of a table of a family (0: IPv4, 1: IPv6).
 type ChainKey = (usize, String, String);
 
-/// The rules of all plans of a namespace.
-pub fn own_rules(plans: &[Plan]) -> OwnRules {
+/// The planned tables of nftables, as nft lists them.
+///
+/// # Errors
+/// When nft cannot be run.
+pub fn ruleset(plans: &[Plan]) -> anyhow::Result<Ruleset> {
+    let steps = plans.iter().flat_map(|plan| &plan.steps);
+    let tables: Vec<plan::NftTable> = steps
+        .filter_map(|step| match step {
+            Step::NftTable(table) => Some(table.clone()),
+            _ => None,
+        })
+        .collect();
+    match tables.is_empty() {
+        true => Ok(Ruleset::default()),
+        false => nft::as_listed(&tables),
+    }
+}
+
+/// The rules of all plans of a namespace, `ruleset` being those of nftables.
+pub fn own_rules(plans: &[Plan], ruleset: &Ruleset) -> OwnRules {
     let mut own = OwnRules::default();
+    for (table, chains) in ruleset.tables.iter().flatten() {
+        for (name, chain) in chains {
+            let rules = chain.rules.iter();
+            own.0
+                .extend(rules.map(|rule| (table.clone(), name.clone(), rule.text.clone())));
+        }
+    }
     let mut add = |table: plan::Table, chain: &str, rule: String| {
         own.0
             .insert((table.as_str().to_owned(), chain.to_owned(), rule));
@@ -37,12 +63,13 @@ pub fn own_rules(plans: &[Plan]) -> OwnRules {
 
 /// The state with every object of the plans as it should be. What is not in a plan stays; in a namespace that nobody else
 /// has rules in (`exclusive`), foreign rules go.
-pub fn as_planned(live: &State, plans: &[Plan], exclusive: bool) -> State {
+pub fn as_planned(live: &State, plans: &[Plan], ruleset: &Ruleset, exclusive: bool) -> State {
     let mut state = live.clone();
     if plans.is_empty() {
         return state;
     }
-    let own = own_rules(plans);
+    let own = own_rules(plans, ruleset);
+    state.put(ruleset);
     // Rules in chains that others use too, by chain and position.
     let mut shared: BTreeMap<ChainKey, Vec<(Position, String)>> = BTreeMap::new();
     for step in plans.iter().flat_map(|plan| &plan.steps) {
@@ -152,6 +179,7 @@ fn object(state: &mut State, step: &Step) {
             state.devices.push(Device {
                 name: link.name.clone(),
                 overlay: Some(overlay),
+                mtu: Some(link.mtu),
                 ..Device::default()
             });
         }
@@ -159,6 +187,7 @@ fn object(state: &mut State, step: &Step) {
             let wanted = (address.dev.clone(), address.addr.addr());
             if !state.addresses.contains(&wanted) {
                 state.addresses.push(wanted);
+                state.networks.push((address.dev.clone(), address.addr));
             }
         }
         Step::Rule(rule) => add_rule(state, rule),
@@ -175,7 +204,7 @@ fn object(state: &mut State, step: &Step) {
             let members = state.sets.entry(member.set.clone()).or_default();
             members.insert(member.ip);
         }
-        // Tables of nftables are read nowhere: their rules are not followed.
+        // Tables of nftables are put in as a whole.
         Step::Chain(_) | Step::ChainRule(_) | Step::NftTable(_) => {}
     }
 }
@@ -219,7 +248,13 @@ fn add_route(state: &mut State, wanted: &plan::Route) {
     let Some(planned) = route(&format!("route4 {}", words.join(" "))) else {
         return;
     };
-    if !state.routes.contains(&planned) {
+    // The kernel gives routes of IPv6 a metric, and takes their scope.
+    let is_it = |there: &Route| {
+        let of = |route: &Route| (route.table, route.destination, route.kind.clone());
+        let by = |route: &Route| (route.via, route.device.clone(), route.source);
+        (of(there), by(there)) == (of(&planned), by(&planned))
+    };
+    if !state.routes.iter().any(is_it) {
         state.routes.retain(|there| {
             there.table != planned.table
                 || there.destination != planned.destination

@@ -3,12 +3,13 @@
 use std::fmt::Write;
 
 use super::hop::{Hop, Kind};
+use super::narrative;
 use super::{Explanation, story::Leg};
 
 /// One row a hop. Rules without effect are left out unless it may be `wide`.
 pub fn table(explanation: &Explanation, wide: bool) -> String {
     let mut out = String::new();
-    let _ = writeln!(out, "{} → {}", explanation.from, explanation.to);
+    let _ = writeln!(out, "{}", explanation.heading());
     for (number, leg) in explanation.legs.iter().enumerate() {
         let _ = writeln!(
             out,
@@ -37,6 +38,11 @@ pub fn table(explanation: &Explanation, wide: bool) -> String {
         let _ = writeln!(out, "\n{count} hops differ from the plans");
     }
     out
+}
+
+/// One line a station, in the words of the tools that an operator would ask.
+pub fn story(explanation: &Explanation) -> String {
+    narrative::tell(explanation, &narrative::Predicted)
 }
 
 /// Who accepted a leg, and what he decides.
@@ -144,8 +150,11 @@ pub(crate) fn mermaid_with(explanation: &Explanation, besides: Besides<'_>) -> S
     }
     let id = |place: &str| places.iter().position(|it| *it == place).unwrap_or(0);
     for (number, leg) in explanation.legs.iter().enumerate() {
-        let last = places.len().saturating_sub(1);
-        let _ = writeln!(out, "  Note over p0,p{last}: {}", plain(&leg.title));
+        let over = match places.len() {
+            0 | 1 => "p0".to_owned(),
+            count => format!("p0,p{}", count - 1),
+        };
+        let _ = writeln!(out, "  Note over {over}: {}", plain(&leg.title));
         for (index, walk) in leg.walks.iter().enumerate() {
             let more = |hop| besides(number, index, hop);
             arrows(&mut out, &walk.hops, phase(&walk.phase), &id, &more);
@@ -165,6 +174,7 @@ pub(crate) fn mermaid_with(explanation: &Explanation, besides: Besides<'_>) -> S
     out
 }
 
+/// Every hop that matters: packets between namespaces and over loopback as arrows, everything else as a note.
 fn arrows(
     out: &mut String,
     hops: &[Hop],
@@ -172,39 +182,44 @@ fn arrows(
     id: &dyn Fn(&str) -> usize,
     more: &dyn Fn(usize) -> Option<String>,
 ) {
+    let mut arrived = None;
     for (index, hop) in hops.iter().enumerate() {
         let at = id(&hop.place);
         if let Some(differs) = &hop.differs {
             let _ = writeln!(out, "  Note over p{at}: differs: {}", plain(differs));
         }
-        match hop.kind {
-            Kind::Transmitted => {
-                if let Some(next) = hops.get(index + 1) {
-                    let device = hop.device.as_deref().unwrap_or("");
-                    let more = more(index).map_or_else(String::new, |more| format!(" ({more})"));
-                    let text = format!("{phase} by {device}: {}{more}", hop.packet);
-                    let _ = writeln!(out, "  p{at}->>p{}: {}", id(&next.place), plain(&text));
-                }
-            }
-            Kind::Rule | Kind::Dropped if !hop.is_idle() => {
-                let rule = hop.rule.as_ref().map_or("", |rule| rule.text.as_str());
-                let text = format!("{} {rule}", hop.text);
-                let _ = writeln!(out, "  Note over p{at}: {}", plain(&text));
-            }
-            Kind::Routed => {
-                if let Some(route) = &hop.route {
-                    let _ = writeln!(out, "  Note over p{at}: {}", plain(&route.route));
-                }
-            }
-            Kind::Wrapped | Kind::Unwrapped | Kind::Delivered => {
-                let _ = writeln!(out, "  Note over p{at}: {}", plain(&hop.text));
-            }
-            _ => {}
+        if hop.is_idle() || arrived == Some(index) {
+            continue;
         }
+        let more = more(index).map_or_else(String::new, |more| format!(" ({more})"));
+        let received = |hop: &&Hop| hop.kind == Kind::Received;
+        let next = hops.get(index + 1).filter(received);
+        let line = match (hop.kind, next, &hop.rule) {
+            (Kind::Transmitted, Some(next), _) => {
+                arrived = Some(index + 1);
+                let devices = format!("{}, {}", hop.text, next.text);
+                let to = id(&next.place);
+                format!(
+                    "p{at}->>p{to}: {}",
+                    plain(&format!("{phase} {devices}: {}{more}", hop.packet))
+                )
+            }
+            (Kind::Received, ..) => {
+                let text = format!("{phase} {}: {}{more}", hop.text, hop.packet);
+                format!("p{at}->>p{at}: {}", plain(&text))
+            }
+            (_, _, Some(rule)) => {
+                let text = format!("{}: {}{more}", hop.text, rule.text);
+                format!("Note over p{at}: {}", plain(&text))
+            }
+            _ => format!("Note over p{at}: {}", plain(&format!("{}{more}", hop.text))),
+        };
+        let _ = writeln!(out, "  {line}");
     }
 }
 
-/// Without what ends a statement in Mermaid.
-fn plain(text: &str) -> String {
-    text.replace(['#', ';'], " ").replace('\n', " ")
+/// Without what ends a statement in Mermaid, or begins an entity.
+pub fn plain(text: &str) -> String {
+    let text = text.replace(" #", " ").replace("; ", ", ");
+    text.replace(['#', ';', '\n'], " ")
 }

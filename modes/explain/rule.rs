@@ -1,4 +1,4 @@
-//! One iptables rule, read from the text that `iptables-save` prints.
+//! One rule, of iptables read from the text that `iptables-save` prints, of nftables by [`super::nft`].
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// A rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Its text without `-A CHAIN`.
+    /// Its text: of iptables without `-A CHAIN`, of nftables as `nft -s` lists it.
     pub text: String,
     /// All of them must hold.
     pub matches: Vec<(bool, Match)>,
@@ -58,6 +58,10 @@ pub enum Match {
     ForTransparentSocket,
     /// `--dst-type` (true) or `--src-type` (false).
     AddressType(bool, String),
+    /// Index of the family ([`super::state::family`]).
+    Family(usize),
+    /// One of them holds.
+    AnyOf(Vec<Match>),
     /// Something that is not evaluated.
     Unknown(String),
 }
@@ -83,6 +87,10 @@ pub enum Target {
     RestoreMark(u32, u32),
     /// To a socket of this namespace whatever the destination.
     Tproxy(u16, Masked),
+    /// To a socket of this namespace as `tproxy` of nftables does: marks and ends nothing, and fits only if one listens.
+    Give(u16),
+    /// All of them, in this order.
+    Several(Vec<Target>),
     /// To a port of this namespace.
     Redirect(u16),
     /// Another destination.

@@ -21,6 +21,8 @@ pub struct Device {
     pub master: Option<String>,
     /// What it wraps packets into.
     pub overlay: Option<Overlay>,
+    /// Longest packet in bytes.
+    pub mtu: Option<u32>,
 }
 
 /// The parameters of an overlay device.
@@ -92,6 +94,23 @@ pub struct Chain {
     pub rules: Vec<Rule>,
 }
 
+/// A chain of nftables that hangs in the path of packets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// Its table's name among those of [`State::tables`].
+    pub table: String,
+    /// Its own.
+    pub chain: String,
+    /// `filter`, `nat` or `route`.
+    pub kind: String,
+    /// As iptables has it: `PREROUTING`.
+    pub hook: String,
+    /// Lower is passed first.
+    pub priority: i32,
+    /// Whose packets pass it.
+    pub families: &'static [usize],
+}
+
 /// Tables of one family by name, with their chains by name.
 pub type Tables = BTreeMap<String, BTreeMap<String, Chain>>;
 
@@ -102,14 +121,18 @@ pub struct State {
     pub devices: Vec<Device>,
     /// Addresses with their devices, in the kernel's order.
     pub addresses: Vec<(String, IpAddr)>,
+    /// The same as `ip address` shows them.
+    pub networks: Vec<(String, IpNet)>,
     /// Policy rules of IPv4 and IPv6, in order.
     pub rules: [Vec<PolicyRule>; 2],
     /// Routes.
     pub routes: Vec<Route>,
     /// Members of the sets.
     pub sets: BTreeMap<String, BTreeSet<IpAddr>>,
-    /// iptables and ip6tables.
+    /// iptables and ip6tables; those of nftables under their names with the family, `inet istio-ambient-nat`.
     pub tables: [Tables; 2],
+    /// Where nftables' own tables hang, by priority.
+    pub bases: Vec<Base>,
     /// Sysctls by their key.
     pub sysctls: BTreeMap<String, String>,
     /// What listens.
@@ -131,13 +154,18 @@ impl State {
             state.devices.extend(device(line));
         }
         for line in &dump.addresses {
-            state.addresses.extend(address(line));
+            state.networks.extend(address(line));
         }
+        let own = state.networks.iter();
+        state.addresses = own
+            .map(|(device, net)| (device.clone(), net.addr()))
+            .collect();
         for line in &dump.rules {
             let family = usize::from(line.starts_with("rule6"));
             state.rules[family].extend(policy_rule(line));
         }
         state.routes = dump.routes.iter().filter_map(|line| route(line)).collect();
+        state.add_own_routes();
         for line in &dump.ipsets {
             state.set_line(line);
         }
@@ -156,6 +184,16 @@ impl State {
         let names = own.filter_map(|line| line.strip_prefix("nft ")?.split_once(" | "));
         state.not_evaluated = names.map(|(name, _)| name.to_owned()).collect();
         state
+    }
+
+    /// What the kernel has for IPv6 addresses of its own and a dump leaves out.
+    fn add_own_routes(&mut self) {
+        for (device, ip) in &self.addresses {
+            if ip.is_ipv6() {
+                let line = format!("route6 local {ip}/128 dev {device} table 255");
+                self.routes.extend(route(&line));
+            }
+        }
     }
 
     fn set_line(&mut self, line: &str) {
@@ -207,6 +245,21 @@ impl State {
             .map(|(_, ip)| *ip)
     }
 
+    /// A device with its MTU and its first address of the same family as `like`: `istioout (mtu 1450, inet 192.168.127.1/30)`.
+    pub fn shown(&self, device: &str, like: IpAddr) -> String {
+        let mtu = self.device(device).and_then(|device| device.mtu);
+        let mut of_device = self.networks.iter().filter(|(dev, _)| dev == device);
+        let net = of_device.find(|(_, net)| net.addr().is_ipv4() == like.is_ipv4());
+        let family = if like.is_ipv4() { "inet" } else { "inet6" };
+        let known = mtu.map(|mtu| format!("mtu {mtu}")).into_iter();
+        let known = known.chain(net.map(|(_, net)| format!("{family} {net}")));
+        let known: Vec<String> = known.collect();
+        if known.is_empty() {
+            return device.to_owned();
+        }
+        format!("{device} ({})", known.join(", "))
+    }
+
     /// A sysctl as a number; 0 when it is not there.
     pub fn sysctl(&self, key: &str) -> u32 {
         self.sysctls
@@ -218,8 +271,12 @@ impl State {
     /// Whether somebody listens on this address.
     pub fn listens(&self, at: SocketAddr) -> bool {
         self.listeners.iter().any(|listener| {
-            listener.port() == at.port()
-                && (listener.ip().is_unspecified() || listener.ip() == at.ip())
+            // A socket of IPv6 takes connections of IPv4, too, and not the other way round.
+            let any = match listener.ip() {
+                IpAddr::V4(ip) => ip.is_unspecified() && at.is_ipv4(),
+                IpAddr::V6(ip) => ip.is_unspecified(),
+            };
+            listener.port() == at.port() && (any || listener.ip() == at.ip())
         })
     }
 }
@@ -247,14 +304,15 @@ fn device(line: &str) -> Option<Device> {
         name: (*words.get(1)?).to_owned(),
         master: after(&words, "master").map(str::to_owned),
         overlay: overlay(),
+        mtu: after(&words, "mtu").and_then(|word| word.parse().ok()),
         ..Device::default()
     })
 }
 
-fn address(line: &str) -> Option<(String, IpAddr)> {
+fn address(line: &str) -> Option<(String, IpNet)> {
     let words: Vec<&str> = line.split(' ').collect();
     let net: IpNet = words.get(1)?.parse().ok()?;
-    Some((after(&words, "dev")?.to_owned(), net.addr()))
+    Some((after(&words, "dev")?.to_owned(), net))
 }
 
 /// `rule4 100: fwmark 0x200/0x200 goto 32766 proto 133`.
@@ -280,7 +338,7 @@ pub fn policy_rule(line: &str) -> Option<PolicyRule> {
             other => unknown.push(other),
         }
     }
-    let text = without_origin(rest);
+    let text = format!("{priority}: {}", as_ip_rule(selectors));
     Some(PolicyRule {
         priority: priority.parse().ok()?,
         mark,
@@ -309,14 +367,50 @@ pub fn route(line: &str) -> Option<Route> {
         metric: after(&words, "metric")
             .and_then(|word| word.parse().ok())
             .unwrap_or(0),
-        text: without_origin(rest),
+        text: as_ip_route(rest),
     })
 }
 
-/// Without who made it.
-fn without_origin(text: &str) -> String {
+/// The selectors and the action of a policy rule as `ip rule` prints them.
+fn as_ip_rule(text: &str) -> String {
+    let text = without(text, "proto");
+    let (selectors, action) = match text.split_once("lookup ") {
+        Some((selectors, table)) => (selectors, format!("lookup {}", table_name(table))),
+        None => ("", text.clone()),
+    };
+    let from = if text.starts_with("from ") {
+        ""
+    } else {
+        "from all "
+    };
+    format!("{from}{selectors}{action}")
+}
+
+/// A route as `ip route show table N` prints it.
+fn as_ip_route(text: &str) -> String {
+    let text = without(&without(text, "proto"), "table");
+    let words = text.split(' ').map(|word| match word.parse::<IpNet>() {
+        Ok(net) if net.prefix_len() == 0 => "default".to_owned(),
+        Ok(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
+        _ => word.to_owned(),
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// What `ip` calls a table.
+pub fn table_name(table: &str) -> &str {
+    match table {
+        "255" => "local",
+        "254" => "main",
+        "253" => "default",
+        other => other,
+    }
+}
+
+/// Without one word and its value.
+fn without(text: &str, key: &str) -> String {
     let mut words: Vec<&str> = text.split(' ').collect();
-    if let Some(at) = words.iter().position(|word| *word == "proto") {
+    if let Some(at) = words.iter().position(|word| *word == key) {
         words.drain(at..(at + 2).min(words.len()));
     }
     words.join(" ")

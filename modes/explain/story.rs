@@ -43,6 +43,8 @@ pub struct Pod {
     pub place: Option<usize>,
     /// How it is captured.
     pub capture: Option<Capture>,
+    /// In which style, if in the pod.
+    pub style: &'static str,
 }
 
 /// All that a connection is followed through.
@@ -139,6 +141,16 @@ impl Question {
 }
 
 impl Stage {
+    /// How the pod of a namespace is captured, in words.
+    pub fn capture_of(&self, place: usize) -> Option<String> {
+        let pod = self.pods.iter().find(|pod| pod.place == Some(place))?;
+        Some(match pod.capture? {
+            Capture::Node if self.nodes.get(pod.node)?.tunnel => "node, tunnel".to_owned(),
+            Capture::Node => "node, hybrid".to_owned(),
+            Capture::Inpod => format!("inpod, {}", pod.style),
+        })
+    }
+
     /// Follows a connection. Differences from the plans are flagged where they begin.
     pub fn follow(&self, question: &Question) -> Vec<Leg> {
         let mut live = self.live.clone();

@@ -8,6 +8,7 @@ use host_net::plan::{self, Plan, Position, Step};
 use proptest::prelude::*;
 
 use super::hop::{Hop, Kind};
+use super::nft::Ruleset;
 use super::packet::{Packet, Payload, Tuple};
 use super::rule::{Match, Rule, Target};
 use super::state::State;
@@ -232,7 +233,7 @@ fn the_longest_prefix_of_the_first_table_that_has_one_is_taken() {
         let route = hops.into_iter().find_map(|hop| hop.route).unwrap();
         route.route
     };
-    assert!(via(0).contains("via 10.0.0.4"));
+    assert_eq!(via(0), "10.9.9.9 via 10.0.0.4 dev eth0");
     assert!(
         via(0x100).contains("via 10.0.0.4"),
         "a table without it is passed"
@@ -260,8 +261,8 @@ fn chain(rules: &[&str]) -> Plan {
 fn flagged(live: &str, plan: &Plan) -> Vec<Hop> {
     let plans = std::slice::from_ref(plan);
     let live = state(live);
-    let wanted = planned::as_planned(&live, plans, false);
-    let own = planned::own_rules(plans);
+    let wanted = planned::as_planned(&live, plans, &Ruleset::default(), false);
+    let own = planned::own_rules(plans, &Ruleset::default());
     let (mut live, mut wanted) = (world(live, own.clone()), world(wanted, own));
     let packet = Packet::new(tuple(OUT.0, OUT.1), Payload::Syn, 0);
     let (mut hops, _) = live.send(0, packet.clone());

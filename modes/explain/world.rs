@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use super::hooks::{Hook, Verdict};
+use super::hooks::{CONNECTION_TRACKING, DESTINATIONS, Hook, SOURCES, Verdict};
 use super::hop::{Change, Hop, Kind};
 use super::packet::{End, Packet, Payload, Tracking, Tuple, at};
 use super::routing::{self, look_up, refused_source};
-use super::state::{Device, State};
+use super::state::{Device, State, table_name};
 
 /// Ports that stand for those that the kernel chooses.
 pub(super) const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 65_501..=65_535;
@@ -162,17 +162,18 @@ impl Walk<'_> {
         run(&mut hook)
     }
 
-    /// The tables raw and mangle of a hook with connection tracking between them.
+    /// All of a hook that comes before destinations are translated, with connection tracking on the way. Returns whether the
+    /// route is looked up again, too.
     fn before_routing(
         &mut self,
         place: usize,
         packet: &mut Packet,
         devices: (Option<&str>, Option<&str>),
         chain: &str,
-    ) -> Verdict {
+    ) -> (Verdict, bool) {
         self.at_hook(place, packet, devices, |hook| {
-            if hook.meet("raw", chain) == Verdict::Drop {
-                return Verdict::Drop;
+            if hook.pass(chain, i32::MIN..CONNECTION_TRACKING) == Verdict::Drop {
+                return (Verdict::Drop, false);
             }
             // What was looked up already came by loopback.
             if hook.packet.tracked.is_none()
@@ -180,7 +181,8 @@ impl Walk<'_> {
             {
                 hook.packet.tracked = Some(hook.tracking.look_up(hook.packet, zone));
             }
-            hook.meet("mangle", chain)
+            let verdict = hook.pass(chain, CONNECTION_TRACKING..DESTINATIONS);
+            (verdict, hook.reroute)
         })
     }
 
@@ -197,8 +199,10 @@ impl Walk<'_> {
         } = chosen;
         let text = match &taken {
             Some(taken) => format!(
-                "{what}: rule {}, table {}: {}",
-                taken.rule, taken.table, taken.route
+                "{what}: ip rule {}; table {}: {}",
+                taken.rule,
+                table_name(&taken.table.to_string()),
+                taken.route
             ),
             None => format!("{what}: no rule leads to a route"),
         };
@@ -232,11 +236,11 @@ impl Walk<'_> {
         // The device that rules see stays the first one, whatever the packet is led to.
         let first = output_device(&route).to_owned();
         let devices = (None, Some(first.as_str()));
-        let before = packet.mark;
-        if self.before_routing(place, &mut packet, devices, "OUTPUT") == Verdict::Drop {
+        let (verdict, again) = self.before_routing(place, &mut packet, devices, "OUTPUT");
+        if verdict == Verdict::Drop {
             return Arrival::Nowhere("dropped by a rule".to_owned());
         }
-        if packet.mark != before {
+        if again {
             match self.route(place, &packet, "route again, by its new mark") {
                 Some(again) => route = again,
                 None => return self.nowhere(place, None, "no route".to_owned(), &packet),
@@ -255,11 +259,18 @@ impl Walk<'_> {
                 None => return self.nowhere(place, None, "no route".to_owned(), &packet),
             }
         }
-        let verdict = self.at_hook(place, &mut packet, devices, |hook| {
-            hook.meet("filter", "OUTPUT")
+        let (verdict, again) = self.at_hook(place, &mut packet, devices, |hook| {
+            let verdict = hook.pass("OUTPUT", DESTINATIONS..i32::MAX);
+            (verdict, hook.reroute)
         });
         if verdict == Verdict::Drop {
             return Arrival::Nowhere("dropped by a rule".to_owned());
+        }
+        if again {
+            match self.route(place, &packet, "route again, by its new mark") {
+                Some(again) => route = again,
+                None => return self.nowhere(place, None, "no route".to_owned(), &packet),
+            }
         }
         self.leave(place, packet, &route)
     }
@@ -277,11 +288,15 @@ impl Walk<'_> {
             &packet,
         );
         let devices = (Some(device), None);
-        if self.before_routing(place, &mut packet, devices, "PREROUTING") == Verdict::Drop {
+        let (verdict, _) = self.before_routing(place, &mut packet, devices, "PREROUTING");
+        if verdict == Verdict::Drop {
             return Arrival::Nowhere("dropped by a rule".to_owned());
         }
         let verdict = self.at_hook(place, &mut packet, devices, |hook| {
-            hook.translate("PREROUTING", End::Destination)
+            match hook.translate("PREROUTING", End::Destination) {
+                Verdict::Accept => hook.pass("PREROUTING", DESTINATIONS..i32::MAX),
+                Verdict::Drop => Verdict::Drop,
+            }
         });
         if verdict == Verdict::Drop {
             return Arrival::Nowhere("dropped by a rule".to_owned());
@@ -295,9 +310,9 @@ impl Walk<'_> {
         }
         if route.kind == "local" {
             let verdict = self.at_hook(place, &mut packet, devices, |hook| {
-                match (hook.meet("mangle", "INPUT"), hook.meet("filter", "INPUT")) {
-                    (Verdict::Accept, Verdict::Accept) => hook.translate("INPUT", End::Source),
-                    _ => Verdict::Drop,
+                match hook.pass("INPUT", i32::MIN..i32::MAX) {
+                    Verdict::Accept => hook.translate("INPUT", End::Source),
+                    Verdict::Drop => Verdict::Drop,
                 }
             });
             if verdict == Verdict::Drop {
@@ -313,16 +328,19 @@ impl Walk<'_> {
                 &packet,
             );
         }
-        if state.sysctl("net/ipv4/ip_forward") == 0 && packet.tuple.to.is_ipv4() {
-            let why = "not for this namespace, which does not forward (ip_forward = 0)";
-            return self.nowhere(place, Some(device), why.to_owned(), &packet);
+        let forwards = match packet.tuple.to {
+            SocketAddr::V4(_) => "net/ipv4/ip_forward",
+            SocketAddr::V6(_) => "net/ipv6/conf/all/forwarding",
+        };
+        // A dump that does not have it says nothing.
+        if state.sysctls.contains_key(forwards) && state.sysctl(forwards) == 0 {
+            let key = forwards.rsplit('/').next().unwrap_or_default();
+            let why = format!("not for this namespace, which does not forward ({key} = 0)");
+            return self.nowhere(place, Some(device), why, &packet);
         }
         let devices = (Some(device), Some(route.device.as_str()));
         let verdict = self.at_hook(place, &mut packet, devices, |hook| {
-            match hook.meet("mangle", "FORWARD") {
-                Verdict::Accept => hook.meet("filter", "FORWARD"),
-                Verdict::Drop => Verdict::Drop,
-            }
+            hook.pass("FORWARD", i32::MIN..i32::MAX)
         });
         if verdict == Verdict::Drop {
             return Arrival::Nowhere("dropped by a rule".to_owned());
@@ -343,8 +361,13 @@ impl Walk<'_> {
         let device = output_device(route).to_owned();
         let devices = (None, Some(device.as_str()));
         let verdict = self.at_hook(place, &mut packet, devices, |hook| {
-            match hook.meet("mangle", "POSTROUTING") {
+            let verdict = hook.pass("POSTROUTING", i32::MIN..SOURCES);
+            let verdict = match verdict {
                 Verdict::Accept => hook.translate("POSTROUTING", End::Source),
+                Verdict::Drop => Verdict::Drop,
+            };
+            match verdict {
+                Verdict::Accept => hook.pass("POSTROUTING", SOURCES..i32::MAX),
                 Verdict::Drop => Verdict::Drop,
             }
         });
@@ -360,8 +383,12 @@ impl Walk<'_> {
             .and_then(|device| device.overlay.clone());
         if let Some(overlay) = overlay {
             let text = format!(
-                "{} id {} to {}, UDP port {}",
-                overlay.kind, overlay.vni, overlay.remote, overlay.port
+                "into the tunnel {}: {} id {} remote {} dstport {}",
+                state.shown(&device, packet.tuple.to.ip()),
+                overlay.kind,
+                overlay.vni,
+                overlay.remote,
+                overlay.port
             );
             self.note(place, Some(&device), Kind::Wrapped, text, &packet);
             // The kernel chooses the source port by a hash of what is inside.
@@ -439,16 +466,14 @@ impl Walk<'_> {
                 return self.nowhere(place, Some(device), why, &packet);
             };
             let name = into.name.clone();
+            let text = format!(
+                "out of the tunnel {}",
+                state.shown(&name, inner.tuple.to.ip())
+            );
             let mark = packet.mark;
             let mut inner = inner.crossed();
             inner.mark = mark;
-            self.note(
-                place,
-                Some(&name),
-                Kind::Unwrapped,
-                format!("unwrapped by {name}"),
-                &inner,
-            );
+            self.note(place, Some(&name), Kind::Unwrapped, text, &inner);
             return self.input(place, inner, &name);
         }
         let to = &self.world.places[place].sockets;

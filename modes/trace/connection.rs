@@ -1,5 +1,6 @@
 //! The connection itself: made from where the client is, or awaited, and what the proxies say of it while it is open.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -271,6 +272,20 @@ pub(super) async fn follow(prepared: &Prepared, limit: Duration) -> Result<Obser
         .iter()
         .find_map(|node| node.mesh.as_ref());
     let service = mesh.and_then(|mesh| mesh.service_at(question.to.ip()));
+    let legs = prepared.explain(question).legs;
+    let first = legs.first().and_then(|leg| leg.accepted_by.as_deref());
+    let side = match first.unwrap_or_default() {
+        "proxy:15001" => "outbound",
+        who if who.starts_with("proxy") => "inbound",
+        who => bail!(
+            "no proxy sees this connection{}, so none can be awaited: leave out --follow",
+            if who.is_empty() {
+                ""
+            } else {
+                ": it goes straight to the application"
+            }
+        ),
+    };
     let is_it = |half: &Half| {
         let meant = match (&service, &half.service) {
             (Some(wanted), Some(service)) => service.contains(wanted.as_str()),
@@ -280,15 +295,25 @@ pub(super) async fn follow(prepared: &Prepared, limit: Duration) -> Result<Obser
                     || half.hbone_addr == Some(question.to.to_string())
             }
         };
-        meant && half.direction == "outbound" && half.source.addr.ip() == question.client
+        // A client without a proxy of its own is first seen by that of the destination.
+        meant && half.direction == side && half.source.addr.ip() == question.client
     };
-    let before: Vec<u64> = halves(prepared).await.iter().map(|half| half.id).collect();
+    // Each proxy counts its own connections, and a client's port may be used again.
+    let key = |half: &Half| (half.id, half.direction.clone(), half.source.addr);
+    let before: HashSet<_> = halves(prepared).await.iter().map(key).collect();
+    // Standard output is for the trace.
+    eprintln!(
+        "waiting for the next connection of {} to {} (for {} s)",
+        question.who,
+        question.to,
+        limit.as_secs()
+    );
     let begun = Instant::now();
     while begun.elapsed() < limit {
         let now = halves(prepared).await;
         let next = now
             .iter()
-            .find(|half| is_it(half) && !before.contains(&half.id));
+            .find(|half| is_it(half) && !before.contains(&key(half)));
         if let Some(half) = next {
             let ends = Ends {
                 from: half.source.addr,
@@ -301,7 +326,7 @@ pub(super) async fn follow(prepared: &Prepared, limit: Duration) -> Result<Obser
         sleep(ASK_EVERY).await;
     }
     bail!(
-        "no connection of {} to {} within {limit:?}",
+        "no connection of {} to {} within {limit:?} (--wait); it has to last for a few tens of milliseconds",
         question.who,
         question.to
     )

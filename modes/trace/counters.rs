@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::explain::nft;
 use crate::explain::story::Stage;
 
 /// Where a rule is.
@@ -29,6 +30,22 @@ pub(super) fn read(stage: &Stage) -> Result<Counters> {
     let mut counters = Counters::new();
     for (place, netns) in stage.namespaces.iter().enumerate() {
         let lines = host_net::dump::filter_rules(netns)?;
+        if lines.iter().any(|line| line.contains(" | ")) {
+            for ((table, chain, position), packets) in nft::read(netns)?.counted {
+                // A table of both families counts for both.
+                for ipv6 in [false, true] {
+                    let (table, chain) = (table.clone(), chain.clone());
+                    let at = RulePlace {
+                        place,
+                        ipv6,
+                        table,
+                        chain,
+                        position,
+                    };
+                    counters.insert(at, packets);
+                }
+            }
+        }
         for tool in [
             "iptables-nft",
             "iptables-legacy",

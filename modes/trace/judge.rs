@@ -6,9 +6,9 @@ use super::connection::{Ends, Observed};
 use super::counters::{Counters, RulePlace};
 use super::segments::Segment;
 use super::tracked::Tracked;
-use super::{HopSeen, Trace, WalkSeen};
+use super::{HopSeen, Trace, TrackedSeen, WalkSeen};
 use crate::explain::Explanation;
-use crate::explain::hop::{Hop, Kind};
+use crate::explain::hop::{Change, Hop, Kind};
 use crate::explain::mesh::Way;
 use crate::explain::packet::Tuple;
 use crate::explain::story::{Leg, Walk};
@@ -74,6 +74,7 @@ pub(super) fn judge(explanation: Explanation, connection: Observed, evidence: &E
     contradictions.extend(by_tracking(&explanation, &connection.legs, evidence));
     contradictions.extend(by_proxies(&explanation, &connection));
     Trace {
+        tracked: tracked(&connection.legs, evidence),
         explanation,
         seen,
         connection,
@@ -170,10 +171,7 @@ fn unpredicted(predicted: &BTreeSet<OnDevice>, legs: &[Ends], evidence: &Evidenc
             continue;
         };
         let ours = legs.iter().any(|leg| {
-            let ends = Tuple {
-                from: leg.from,
-                to: leg.to,
-            };
+            let ends = tuple(leg);
             segment.tuple
                 == if phase == "answer" {
                     ends.reversed()
@@ -200,19 +198,48 @@ fn unpredicted(predicted: &BTreeSet<OnDevice>, legs: &[Ends], evidence: &Evidenc
     found.into_iter().collect()
 }
 
+/// What connection tracking has of each leg, in the order of places.
+fn tracked(legs: &[Ends], evidence: &Evidence) -> Vec<TrackedSeen> {
+    let mut seen = Vec::new();
+    for (leg, ends) in legs.iter().enumerate() {
+        let of_leg = |entry: &&Tracked| entry.original == tuple(ends);
+        seen.extend(
+            evidence
+                .tracked
+                .iter()
+                .filter(of_leg)
+                .map(|entry| TrackedSeen {
+                    leg,
+                    place: evidence.places[entry.place].clone(),
+                    original: entry.original.to_string(),
+                    reply: entry.reply.to_string(),
+                    mark: Change::of(entry.mark, entry.mark).after,
+                }),
+        );
+    }
+    seen
+}
+
+fn tuple(ends: &Ends) -> Tuple {
+    Tuple {
+        from: ends.from,
+        to: ends.to,
+    }
+}
+
 /// Marks of connections that are not as predicted.
 fn by_tracking(explanation: &Explanation, legs: &[Ends], evidence: &Evidence) -> Vec<String> {
     let mut found = Vec::new();
     for (leg, ends) in explanation.legs.iter().zip(legs) {
         for entry in &evidence.tracked {
             let place = &evidence.places[entry.place];
-            if (entry.original.from, entry.original.to) != (ends.from, ends.to) {
+            if entry.original != tuple(ends) {
                 continue;
             }
             let Some(predicted) = last_connmark(leg, place) else {
                 continue;
             };
-            let mark = crate::explain::hop::Change::of(entry.mark, entry.mark).after;
+            let mark = Change::of(entry.mark, entry.mark).after;
             if mark != predicted {
                 found.push(format!(
                     "{place}: connection tracking has mark {mark} for {}, predicted was {predicted}",

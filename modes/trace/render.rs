@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::{HopSeen, Trace, WalkSeen};
 use crate::explain::hop::{Hop, Kind};
+use crate::explain::narrative::{self, Observed};
 use crate::explain::render::{columns, decision, mermaid_with, phase, told};
 
 /// Microseconds in a millisecond.
@@ -13,7 +14,7 @@ const MILLI: f64 = 1000.0;
 pub fn table(trace: &Trace, wide: bool) -> String {
     let explanation = &trace.explanation;
     let mut out = String::new();
-    let _ = writeln!(out, "{} → {}", explanation.from, explanation.to);
+    let _ = writeln!(out, "{}", explanation.heading());
     for (number, leg) in explanation.legs.iter().enumerate() {
         let _ = writeln!(
             out,
@@ -44,22 +45,68 @@ pub fn table(trace: &Trace, wide: bool) -> String {
         }
         let _ = decision(&mut out, leg);
     }
-    let connection = &trace.connection;
     for note in &explanation.notes {
         let _ = writeln!(out, "\nnote: {note}");
     }
+    if !trace.tracked.is_empty() {
+        let _ = writeln!(out, "\nconnection tracking:");
+        let rows = trace.tracked.iter().map(|entry| {
+            let leg = format!("{}", entry.leg + 1);
+            [leg, entry.place.clone(), entry.shown()]
+        });
+        columns(&mut out, &rows.collect::<Vec<_>>());
+    }
+    let _ = writeln!(out, "\n{}", ends(trace).join("\n"));
+    out
+}
+
+/// What is to be said of the connection as a whole.
+fn ends(trace: &Trace) -> Vec<String> {
+    let connection = &trace.connection;
     let observed = match (connection.tunnel, &connection.failed) {
         (_, Some(failed)) => failed.clone(),
         (Some(true), _) => "through a tunnel with mutual TLS".to_owned(),
         (Some(false), _) => "plain, by a proxy".to_owned(),
         (None, _) => "no proxy had it".to_owned(),
     };
-    let _ = writeln!(out, "\nobserved: {observed}");
-    for contradiction in &trace.contradictions {
-        let _ = writeln!(out, "disagrees: {contradiction}");
+    let mut lines = vec![format!("observed: {observed}")];
+    for (who, identity) in [
+        ("client", &connection.source_identity),
+        ("destination", &connection.destination_identity),
+    ] {
+        lines.extend(identity.iter().map(|it| format!("proven {who}: {it}")));
     }
-    let _ = writeln!(out, "{}", verdict(trace));
-    out
+    let contradictions = trace.contradictions.iter();
+    lines.extend(contradictions.map(|it| format!("disagrees: {it}")));
+    lines.push(verdict(trace));
+    lines
+}
+
+/// One line a station, in the words of the tools that an operator would ask, with what was observed.
+pub fn story(trace: &Trace) -> String {
+    narrative::tell(&trace.explanation, trace)
+}
+
+impl Observed for Trace {
+    fn spared(&self, leg: usize, walk: usize) -> bool {
+        let seen = self.seen.get(leg).and_then(|walks| walks.get(walk));
+        seen.is_some_and(|walk| walk.spared)
+    }
+
+    fn of(&self, leg: usize, walk: usize, hop: usize) -> Option<String> {
+        let seen = self.seen.get(leg)?.get(walk)?.hops.get(hop)?;
+        Some(observed(seen))
+    }
+
+    fn tracked(&self, leg: usize, place: &str) -> Option<String> {
+        let mut entries = self.tracked.iter();
+        let entry = entries.find(|it| it.leg == leg && it.place == place)?;
+        Some(entry.shown())
+    }
+
+    fn ends(&self) -> Vec<String> {
+        ends(self)
+    }
 }
 
 fn verdict(trace: &Trace) -> String {
@@ -80,6 +127,7 @@ fn observed(seen: &HopSeen) -> String {
     }
     match (seen.micros, seen.counted) {
         (Some(micros), _) => format!("{:+.3} ms", micros as f64 / MILLI),
+        (None, Some(1)) => "1 packet".to_owned(),
         (None, Some(packets)) => format!("{packets} packets"),
         (None, None) => "-".to_owned(),
     }
@@ -108,10 +156,10 @@ pub fn mermaid(trace: &Trace) -> String {
     })
 }
 
-/// Two traces in two columns: devices and rules of each leg, and when the packet was there.
-pub fn side_by_side(left: &Trace, right: &Trace) -> String {
+/// Two traces in two columns: devices and rules of each leg, and when the packet was there; with `wide` routes, too.
+pub fn side_by_side(left: &Trace, right: &Trace, wide: bool) -> String {
     let mut out = String::new();
-    let title = |trace: &Trace| format!("{} → {}", trace.explanation.from, trace.explanation.to);
+    let title = |trace: &Trace| trace.explanation.heading();
     columns(&mut out, &[[title(left), title(right)]]);
     let legs = left
         .explanation
@@ -120,7 +168,8 @@ pub fn side_by_side(left: &Trace, right: &Trace) -> String {
         .max(right.explanation.legs.len());
     for number in 0..legs {
         for name in ["first", "answer", "later"] {
-            let (here, there) = (steps(left, number, name), steps(right, number, name));
+            let of = |trace| steps(trace, number, name, wide);
+            let (here, there) = (of(left), of(right));
             if here.is_empty() && there.is_empty() {
                 continue;
             }
@@ -135,12 +184,22 @@ pub fn side_by_side(left: &Trace, right: &Trace) -> String {
         }
     }
     out.push('\n');
-    columns(&mut out, &[[verdict(left), verdict(right)]]);
+    let decided = |trace: &Trace, number: usize| {
+        let leg = trace.explanation.legs.get(number)?;
+        let who = leg.accepted_by.as_deref().unwrap_or("nobody");
+        let text = leg.decision.as_ref().map_or("", |decision| &decision.text);
+        Some(format!("{who} {text}").trim_end().to_owned())
+    };
+    let mut rows: Vec<[String; 2]> = (0..legs)
+        .map(|number| [left, right].map(|trace| decided(trace, number).unwrap_or_default()))
+        .collect();
+    rows.push([verdict(left), verdict(right)]);
+    columns(&mut out, &rows);
     out
 }
 
 /// What matters of a packet, one line each.
-fn steps(trace: &Trace, leg: usize, name: &str) -> Vec<String> {
+fn steps(trace: &Trace, leg: usize, name: &str, wide: bool) -> Vec<String> {
     let Some(walks) = trace.explanation.legs.get(leg).map(|leg| &leg.walks) else {
         return Vec::new();
     };
@@ -164,6 +223,11 @@ fn steps(trace: &Trace, leg: usize, name: &str) -> Vec<String> {
             (Kind::Delivered | Kind::Dropped | Kind::Left, _) => {
                 format!("{} {}", hop.place, hop.text)
             }
+            (Kind::Routed, _) if wide => match &hop.route {
+                Some(route) => format!("  table {}: {}", route.table, route.route),
+                None => format!("  {}", hop.text),
+            },
+            (Kind::Translated, _) if wide => format!("  {}", hop.text),
             _ => continue,
         };
         steps.push(what);

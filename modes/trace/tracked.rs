@@ -13,6 +13,8 @@ pub(super) struct Tracked {
     pub(super) place: usize,
     /// Its first packet.
     pub(super) original: Tuple,
+    /// What an answer to it looks like.
+    pub(super) reply: Tuple,
     /// Its mark.
     pub(super) mark: u32,
 }
@@ -21,11 +23,13 @@ pub(super) struct Tracked {
 pub(super) fn read(stage: &Stage) -> Vec<Tracked> {
     let mut all = Vec::new();
     for (place, netns) in stage.namespaces.iter().enumerate() {
-        let mut command = Command::new("conntrack");
-        command.args(["-L", "-p", "tcp"]);
-        if let Ok(Ok(output)) = netns.run(|| command.output()) {
-            let text = String::from_utf8_lossy(&output.stdout);
-            all.extend(text.lines().filter_map(|line| entry(line, place)));
+        for family in ["ipv4", "ipv6"] {
+            let mut command = Command::new("conntrack");
+            command.args(["-L", "-f", family, "-p", "tcp"]);
+            if let Ok(Ok(output)) = netns.run(|| command.output()) {
+                let text = String::from_utf8_lossy(&output.stdout);
+                all.extend(text.lines().filter_map(|line| entry(line, place)));
+            }
         }
     }
     all
@@ -33,23 +37,29 @@ pub(super) fn read(stage: &Stage) -> Vec<Tracked> {
 
 /// `tcp 6 431999 ESTABLISHED src=… dst=… sport=… dport=… src=… … mark=528 use=1`; the first of each is the original's.
 fn entry(line: &str, place: usize) -> Option<Tracked> {
-    let first = |key: &str| {
-        line.split(' ')
-            .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+    let value = |key: &str, number: usize| {
+        let mut values = line
+            .split(' ')
+            .filter_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+        values.nth(number)
     };
-    let end = |address: &str, port: &str| {
+    let end = |address: &str, port: &str, number: usize| {
         Some(SocketAddr::new(
-            first(address)?.parse().ok()?,
-            first(port)?.parse().ok()?,
+            value(address, number)?.parse().ok()?,
+            value(port, number)?.parse().ok()?,
         ))
+    };
+    let ends = |number| {
+        Some(Tuple {
+            from: end("src", "sport", number)?,
+            to: end("dst", "dport", number)?,
+        })
     };
     Some(Tracked {
         place,
-        original: Tuple {
-            from: end("src", "sport")?,
-            to: end("dst", "dport")?,
-        },
-        mark: first("mark")
+        original: ends(0)?,
+        reply: ends(1)?,
+        mark: value("mark", 0)
             .and_then(|mark| mark.parse().ok())
             .unwrap_or(0),
     })
@@ -65,6 +75,7 @@ mod tests {
         let found = entry(line, 2).unwrap();
         assert_eq!(found.original.from.to_string(), "10.0.0.1:4000");
         assert_eq!(found.original.to.to_string(), "10.0.0.2:80");
+        assert_eq!(found.reply.to_string(), "10.0.0.9:8080 > 10.0.0.1:4000");
         assert_eq!((found.place, found.mark), (2, 0x210));
         assert!(
             entry(

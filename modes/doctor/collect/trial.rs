@@ -7,7 +7,10 @@ use host_net::ipset::Ipset;
 use host_net::iptables::{Iptables, Variant, choose, usable};
 use host_net::netlink::Netlink;
 use host_net::netns::Netns;
-use host_net::plan::{Family, Link, MarkMatch, OverlayKind, Rule, RuleAction, Set};
+use host_net::nft;
+use host_net::plan::{
+    Family, Link, MarkMatch, NftBase, NftChain, NftTable, OverlayKind, Rule, RuleAction, Set,
+};
 
 use super::super::facts::{Facts, Feature};
 
@@ -100,6 +103,7 @@ pub(super) async fn run(here: &Netns, facts: &mut Facts) {
     });
     tried(facts, Feature::IpsetHashIp, set);
     try_rules(here, &nowhere, facts);
+    try_nftables(&nowhere, facts);
     let has_ipv6 = here.run(|| std::path::Path::new("/proc/sys/net/ipv6").exists());
     let without_ipv6 = !has_ipv6.unwrap_or(true);
     let why = without_ipv6.then(|| "there is no IPv6".to_owned());
@@ -165,6 +169,24 @@ fn try_rules(here: &Netns, nowhere: &Netns, facts: &mut Facts) {
         first => first,
     };
     tried(facts, Feature::Ip6tables, outcome);
+}
+
+/// The table of the style `nftables` that redirects, in short.
+fn try_nftables(nowhere: &Netns, facts: &mut Facts) {
+    let chain = NftChain {
+        name: "output".to_owned(),
+        base: Some(NftBase {
+            kind: "nat".to_owned(),
+            hook: "output".to_owned(),
+            priority: -100,
+        }),
+        rules: vec!["meta l4proto tcp counter redirect to :1".to_owned()],
+    };
+    let table = NftTable {
+        name: NAME.to_owned(),
+        chains: vec![chain],
+    };
+    tried(facts, Feature::Nftables, nft::apply(nowhere, &[table]));
 }
 
 fn tried<T, E: Display>(facts: &mut Facts, feature: Feature, outcome: Result<T, E>) {
