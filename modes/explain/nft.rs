@@ -4,6 +4,8 @@
 //! handle. What is not known becomes [`Match::Unknown`] or [`Target::Unknown`], never an error.
 
 mod rules;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
