@@ -7,6 +7,7 @@
 mod harness;
 mod listings;
 mod runtime;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -18,6 +19,7 @@ use harness::{Scene, Variant, own};
 use lab::standing::Daemon;
 use lab::traffic::Check;
 use listings::rules;
+use ways::mermaid;
 
 /// With this variable in the environment the document is written.
 const WRITE: &str = "WRITE_MODES";
@@ -168,6 +170,69 @@ fn explained(scene: &Scene) -> String {
     block(&lines)
 }
 
+/// A connection that nobody made before, as it was seen at each station.
+fn traced(scene: &Scene) -> String {
+    let arguments = format!("trace -o story beta/pod1-2 {}", scene.at("pod2-2"));
+    let said = runtime::ambidex(&scene.lab, &arguments).with_code(0);
+    let mut lines = vec![format!("node1# ambidex {arguments}")];
+    lines.extend(said.lines().map(|line| line.trim_end().to_owned()));
+    block(&lines)
+}
+
+/// The same connection's first packets, drawn.
+fn drawn(scene: &Scene) -> String {
+    let arguments = format!("trace -o mermaid beta/pod1-2 {}", scene.at("pod2-2"));
+    let said = runtime::ambidex(&scene.lab, &arguments).with_code(0);
+    mermaid::texts(&said).expect("a diagram");
+    format!("```mermaid\n{said}```\n")
+}
+
+/// What is the same in every trace of one connection: times, counters and ports that the kernel chooses are not, nor how wide
+/// columns are, nor the commit and the kernel of whoever took it.
+fn without_measurements(text: &str) -> String {
+    let known = ["8080", "15001", "15006", "15008", "15088", "6081", "*"];
+    let word = |word: &str| {
+        let bare = word.trim_end_matches([',', ')', ']']);
+        let port = bare.rsplit_once(':').filter(|(ip, port)| {
+            ip.contains('.') && !known.contains(port) && port.parse::<u16>().is_ok()
+        });
+        match port {
+            Some((ip, _)) => format!("{ip}:*{}", &word[bare.len()..]),
+            None => word.to_owned(),
+        }
+    };
+    let line = |line: &str| {
+        let mut words: Vec<String> = line.split_whitespace().map(word).collect();
+        for at in 1..words.len() {
+            let of = words[at].as_str();
+            if ["ms", "packet", "packets"].contains(&of) && words[at - 1].parse::<f64>().is_ok() {
+                words[at - 1] = "n".to_owned();
+                words[at] = words[at].trim_end_matches('s').to_owned();
+            }
+        }
+        words.join(" ")
+    };
+    let lines: Vec<String> = text.lines().map(line).collect();
+    lines.join("\n")
+}
+
+#[test]
+fn measurements_are_left_out_and_nothing_else() {
+    let one = "    node1  vethp1  +0.005 ms  in by vethp1: 10.244.1.11:41949 > 10.244.2.11:8080\n  node1  -  1 packet  mark 0x100";
+    let other = "    node1  vethp1  +11.2 ms   in by vethp1: 10.244.1.11:9 > 10.244.2.11:8080\n  node1  -  12 packets  mark 0x100";
+    let plain = without_measurements(one);
+    assert_eq!(plain, without_measurements(other));
+    for (from, to) in [
+        ("vethp1: ", "vethp2: "),
+        ("0x100", "0x200"),
+        (":8080", ":15008"),
+        ("1.11:41949", "1.12:41949"),
+    ] {
+        let changed = one.replace(from, to);
+        assert_ne!(plain, without_measurements(&changed), "{from} → {to}");
+    }
+}
+
 /// What the machine says again whenever it is asked.
 fn listings() -> BTreeMap<String, String> {
     let mut contents = BTreeMap::new();
@@ -246,6 +311,46 @@ fn listings() -> BTreeMap<String, String> {
     contents
 }
 
+/// Traces, each in a lab of its own: the first connection of a pod brings its tunnel along.
+fn traces() -> BTreeMap<String, String> {
+    let mut contents = BTreeMap::new();
+    for (variant, name) in [
+        (Variant::NodeTunnel, "tunnel"),
+        (Variant::NodeHybrid, "hybrid"),
+        (Variant::Inpod, "inpod"),
+    ] {
+        let scene = own(&variant.spec());
+        contents.insert(format!("traced-{name}"), traced(&scene));
+        contents.insert(format!("drawn-{name}"), drawn(&scene));
+    }
+    contents
+}
+
+/// Two traces of one connection next to each other: node capture in both flows, and each beside the in-pod capture.
+fn compared() -> BTreeMap<String, String> {
+    let mut contents = BTreeMap::new();
+    let what = "beta/pod1-2 10.244.2.11:8080";
+    let json = |scene: &Scene| {
+        let said = runtime::ambidex(&scene.lab, &format!("trace -o json {what}"));
+        said.with_code(0)
+    };
+    let tunnel = json(&own(&Variant::NodeTunnel.spec()));
+    for (variant, name) in [
+        (Variant::NodeHybrid, "tunnel-hybrid"),
+        (Variant::Inpod, "tunnel-inpod"),
+    ] {
+        let scene = own(&variant.spec());
+        let file = scene.lab.dir().join("tunnel.json");
+        std::fs::write(&file, &tunnel).unwrap();
+        let arguments = format!("trace --compare {} {what}", file.display());
+        let said = runtime::ambidex(&scene.lab, &arguments).with_code(0);
+        let mut lines = vec![format!("node1# ambidex trace --compare tunnel.json {what}")];
+        lines.extend(said.lines().map(|line| line.trim_end().to_owned()));
+        contents.insert(format!("compared-{name}"), block(&lines));
+    }
+    contents
+}
+
 /// What was seen once, on the machine that wrote the document.
 fn observations() -> BTreeMap<String, String> {
     let mut contents = BTreeMap::new();
@@ -297,6 +402,8 @@ fn the_document_says_what_the_machine_says() {
     if std::env::var_os(WRITE).is_some() {
         let mut contents = observations();
         contents.extend(listings);
+        contents.extend(traces());
+        contents.extend(compared());
         std::fs::write(document(), filled(&text, &contents)).unwrap();
         return;
     }
@@ -306,16 +413,43 @@ fn the_document_says_what_the_machine_says() {
         let part = part.unwrap_or_else(|| panic!("docs/modes.md has no part {name:?}"));
         assert_eq!(&part.content, content, "{name}: `make modes-doc` writes it");
     }
+    // Diagrams and columns are of the same traces.
+    for (name, content) in traces()
+        .iter()
+        .filter(|(name, _)| name.starts_with("traced"))
+    {
+        let part = parts.iter().find(|part| part.name == *name);
+        let part = part.unwrap_or_else(|| panic!("docs/modes.md has no part {name:?}"));
+        let (written, seen) = (&part.content, content);
+        assert_eq!(
+            without_measurements(written),
+            without_measurements(seen),
+            "{name}: `make modes-doc` writes it"
+        );
+    }
 }
 
 #[test]
 fn no_generated_part_is_written_by_hand() {
     let text = std::fs::read_to_string(document()).unwrap();
     let parts = parts(&text);
-    assert!(parts.len() >= 14, "{}", parts.len());
+    assert!(parts.len() >= 22, "{}", parts.len());
     for part in &parts {
         assert_eq!(part.digest, digest(&part.content), "{}", part.name);
         assert!(part.content.lines().count() > 0, "{} is empty", part.name);
+    }
+    let of = |name: &str| {
+        let part = parts.iter().find(|part| part.name == name);
+        &part.unwrap_or_else(|| panic!("no part {name}")).content
+    };
+    for (name, stations) in [("tunnel", 2), ("hybrid", 2), ("inpod", 0)] {
+        let told = of(&format!("traced-{name}"));
+        assert!(told.contains("everything was seen as predicted"), "{name}");
+        let marks = told.matches("--tproxy-mark 0x400/0xfff").count();
+        assert_eq!(marks, stations, "{name}");
+        let drawn = of(&format!("drawn-{name}"));
+        let diagram = drawn.strip_prefix("```mermaid\n").unwrap();
+        mermaid::texts(diagram.strip_suffix("```\n").unwrap()).unwrap();
     }
     // The digest is of all of it.
     let changed = text.replace("ztunnel-PREROUTING", "ztunnel-prerouting");
