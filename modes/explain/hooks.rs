@@ -330,7 +330,7 @@ impl<'a> Hook<'a> {
 
     fn apply(&mut self, target: &Target, effect: &mut Effect) {
         let (mark, connmark) = (self.packet.mark, self.connmark());
-        let ended = |verdict| Flow::End(verdict);
+        let ended = Flow::End;
         match target {
             Target::Several(targets) => {
                 for target in targets {

@@ -1,7 +1,7 @@
 //! nftables' own tables, read from `nft -j list ruleset` into the form in which iptables' rules are met.
 //!
 //! A table `inet NAME` counts for both families. What a rule says in its own words is taken from the listing, by the rule's
-//! handle. What is not known becomes [`Match::Unknown`] or [`Target::Unknown`], never an error.
+//! handle. What is not known becomes [`Unknown`](super::rule::Match::Unknown), never an error.
 
 mod rules;
 #[cfg(test)]
