@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::carrier::Carrier;
 use super::kernel::{Kernel, KernelError};
-use super::line::Line;
+use super::line::{Line, Turn};
 use super::operations::{Operation, operations};
 use super::prepare::{Looked, Prepared};
 use super::together;
@@ -106,8 +106,8 @@ pub async fn apply(
     }
     let line = Line::of(place.netns.id());
     if !together::may_share(from, to, journal)? {
-        let _turn = line.turn().await;
-        return alone(place, from, to, journal).await;
+        let turn = Arc::new(line.turn().await);
+        return alone(place, from, to, journal, &turn).await;
     }
     line.apply(place, from, to, journal).await
 }
@@ -118,6 +118,7 @@ pub(super) async fn alone(
     from: &Plan,
     to: &Plan,
     journal: &Journal,
+    turn: &Arc<Turn>,
 ) -> Result<Applied, ApplyError> {
     let look = |source| cannot_look(place, source);
     let before = journal.load(&to.name)?;
@@ -126,7 +127,8 @@ pub(super) async fn alone(
     let kernel = Kernel::new(
         place,
         variants(known.into_iter().chain(others.iter().map(Arc::as_ref))),
-    );
+    )
+    .holding(turn);
     let looked = Looked::at(&kernel, from, to, known, &others).await;
     let prepared = Prepared::new(&kernel, looked.map_err(look)?, from, to, known, &others);
     let prepared = prepared.map_err(look)?;

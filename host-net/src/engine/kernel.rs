@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::OnceCell;
 
+use super::line::Turn;
 use super::tables::{Edit, Tables};
 use super::{Problem, remembered, survey};
 use crate::ipset::{Ipset, IpsetError, Removal, SetEntry};
@@ -60,6 +61,8 @@ pub(super) struct Kernel {
     iptables: Mutex<Iptables>,
     /// Whether nothing that is remembered counts.
     reads_all: bool,
+    /// Kept until the last program has ended, also when nobody waits for it any more.
+    turn: Option<Arc<Turn>>,
 }
 
 impl Kernel {
@@ -72,6 +75,15 @@ impl Kernel {
             netlink: OnceCell::new(),
             iptables: Mutex::new(iptables),
             reads_all: false,
+            turn: None,
+        }
+    }
+
+    /// Nobody else's turn begins before the programs that this one runs have ended, also when its caller is stopped.
+    pub(super) fn holding(self, turn: &Arc<Turn>) -> Self {
+        Self {
+            turn: Some(Arc::clone(turn)),
+            ..self
         }
     }
 
@@ -175,7 +187,12 @@ impl Kernel {
         let variant = iptables.variant(family)?;
         let before = self.rules_state(variant);
         let netns = self.netns.clone();
-        let write = move || iptables.restore(&netns, family, &script);
+        let turn = self.turn.clone();
+        let write = move || {
+            let restored = iptables.restore(&netns, family, &script);
+            drop(turn);
+            restored
+        };
         tokio::task::spawn_blocking(write).await??;
         if let Some(before) = before
             && let Some(state) = self.rules_state(variant)

@@ -90,21 +90,22 @@ impl Line {
             },
             turn = self.turn() => turn,
         };
+        let turn = Arc::new(turn);
         loop {
             match answered.try_recv() {
                 Ok(result) => return result,
                 Err(TryRecvError::Empty) => self.lead(&turn, journal).await,
                 // Whoever had taken it on was stopped in the middle.
-                Err(TryRecvError::Closed) => return alone(place, from, to, journal).await,
+                Err(TryRecvError::Closed) => return alone(place, from, to, journal, &turn).await,
             }
         }
     }
 
     /// Carries out the first changes that wait.
-    async fn lead(&self, _turn: &Turn, journal: &Journal) {
+    async fn lead(&self, turn: &Arc<Turn>, journal: &Journal) {
         let (changes, answers): (Vec<Change>, Vec<_>) =
             self.next(journal.number()).into_iter().unzip();
-        let results = together::apply(&changes, journal).await;
+        let results = together::apply(&changes, journal, turn).await;
         for (answer, result) in answers.into_iter().zip(results) {
             // Nobody waits for it any more: then it is the journal's.
             let _ = answer.send(result);

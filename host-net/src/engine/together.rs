@@ -12,6 +12,7 @@ use super::apply::{
 };
 use super::carrier::Carrier;
 use super::kernel::{Kernel, KernelError};
+use super::line::Turn;
 use super::operations::{Operation, operations};
 use super::prepare::{Looked, Prepared, old_steps};
 use super::survey::Rules;
@@ -90,16 +91,17 @@ fn object(step: &Step) -> Option<String> {
 pub(super) async fn apply(
     changes: &[Change],
     journal: &Journal,
+    turn: &Arc<Turn>,
 ) -> Vec<Result<Applied, ApplyError>> {
     if changes.len() > 1
-        && let Ok(results) = all_at_once(changes, journal).await
+        && let Ok(results) = all_at_once(changes, journal, turn).await
     {
         return results;
     }
     // Also what cannot be looked at together: then the one because of which it cannot is the only one that fails.
     let mut results = Vec::with_capacity(changes.len());
     for change in changes {
-        results.push(alone(&change.place, &change.from, &change.to, journal).await);
+        results.push(alone(&change.place, &change.from, &change.to, journal, turn).await);
     }
     results
 }
@@ -118,6 +120,7 @@ struct Ongoing<'a> {
 async fn all_at_once(
     changes: &[Change],
     journal: &Journal,
+    turn: &Arc<Turn>,
 ) -> Result<Vec<Result<Applied, ApplyError>>, KernelError> {
     let Some(place) = changes.first().map(|change| &change.place) else {
         return Ok(Vec::new());
@@ -137,7 +140,7 @@ async fn all_at_once(
         let before: Option<&Record> = befores[number].as_ref();
         before.filter(|record| is_about(record, place))
     };
-    let kernel = Kernel::new(place, variants(records.iter().map(Arc::as_ref)));
+    let kernel = Kernel::new(place, variants(records.iter().map(Arc::as_ref))).holding(turn);
     let olds: Vec<Vec<Step>> = (0..changes.len())
         .map(|number| old_steps(&changes[number].from, known(number)))
         .collect();

@@ -175,6 +175,34 @@ async fn one_that_fails_is_taken_back_alone_legacy() {
     one_that_fails_is_taken_back_alone(Variant::Legacy).await;
 }
 
+/// Whoever makes the others' plans may be stopped at any moment; they are made all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_stopped_stops_nobody_else() {
+    for after in [0, 1, 3, 10, 30] {
+        let stage = stage(Variant::Nft).await;
+        let plans: Vec<Plan> = (1..=6).map(pod).collect();
+        let rest = plans[1..].iter().map(|plan| made(&stage, plan));
+        let first = async {
+            let time = std::time::Duration::from_millis(after);
+            let _ = tokio::time::timeout(time, made(&stage, &plans[0])).await;
+        };
+        let second = async {
+            let time = std::time::Duration::from_millis(after + 5);
+            let _ = tokio::time::timeout(time, made(&stage, &pod(7))).await;
+        };
+        let (_, _, rest) = tokio::join!(first, second, join_all(rest));
+        for result in rest {
+            result.unwrap();
+        }
+        // What was stopped is completed by doing it again.
+        made(&stage, &plans[0]).await.unwrap();
+        made(&stage, &pod(7)).await.unwrap();
+        for plan in plans.iter().chain([&pod(7)]) {
+            assert_eq!(stage.findings(plan).await, [""; 0]);
+        }
+    }
+}
+
 /// Plans that want the same object do not share a turn: the second one hears that it is taken.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_that_want_one_address_take_turns() {
