@@ -530,7 +530,11 @@ fn an_annotation_comes_by_the_runtime(#[case] agents: bool) {
     };
     for (annotation, own) in [(Some(!agents), !agents), (None, agents)] {
         sandbox.del(&scene.lab);
-        let mut annotations = json!({"example.org/other": "x"});
+        let mut annotations = json!({
+            "example.org/other": "x",
+            "ambient.istio.io/bypass-inbound-capture": agents.to_string(),
+            "istio.io/reroute-virtual-interfaces": "br0, br1",
+        });
         if let Some(value) = annotation {
             annotations["ambient.istio.io/dns-capture"] = value.to_string().into();
         }
@@ -540,7 +544,11 @@ fn an_annotation_comes_by_the_runtime(#[case] agents: bool) {
             .with_code(0);
         let pods = pods(&scene.lab);
         let pod = pods.iter().find(|pod| pod["uid"] == sandbox.uid.as_str());
-        assert_eq!(pod.unwrap()["dns_capture"], json!(annotation));
+        let pod = pod.unwrap();
+        assert_eq!(pod["dns_capture"], json!(annotation));
+        assert_eq!(pod["virtual_interfaces"], json!(["br0", "br1"]));
+        // Which is not said of a pod that has none of it.
+        assert_eq!(pod["bypass_inbound"] == true, agents);
         assert_eq!(missed("beta/pod1-2"), own, "{annotation:?}");
         assert_eq!(missed("alpha/pod1-1"), agents);
     }

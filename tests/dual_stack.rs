@@ -18,7 +18,7 @@ use harness::wire::Tap;
 use harness::{Scene, assert_same_dump, eventually, own};
 use host_net::netns::Netns;
 use inpod_redirect::facts::PROBE_ADDRESS6;
-use lab::topology::{Cni, Families, SERVICE_PORT, SERVICE_VIP, ipv6};
+use lab::topology::{Cni, Families, InpodRules, SERVICE_PORT, SERVICE_VIP, ipv6};
 use lab::traffic::{Check, Saw};
 use rstest::rstest;
 use runtime::{Sandbox, ambidex};
@@ -408,9 +408,14 @@ fn a_lost_object_is_named_and_nothing_passes() {
 
 /// Pods without IPv4: captured all the same.
 #[rstest]
-fn pods_with_ipv6_only(#[values(NodeHybrid, Inpod)] variant: Variant) {
+#[case::node(NodeHybrid, InpodRules::Redirect)]
+#[case::redirect(Inpod, InpodRules::Redirect)]
+#[case::tproxy(Inpod, InpodRules::Tproxy)]
+#[case::nftables(Inpod, InpodRules::Nftables)]
+fn pods_with_ipv6_only(#[case] variant: Variant, #[case] rules: InpodRules) {
     let mut spec = spec(variant);
     spec.families = Families::V6;
+    spec.inpod_rules = rules;
     let scene = own(&spec);
     assert_eq!(
         run(&scene, "pod1-1", "ip -4 -o addr show dev eth0").trim(),

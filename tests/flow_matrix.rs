@@ -7,6 +7,8 @@ mod harness;
 mod column;
 #[path = "flows/ground.rs"]
 mod ground;
+#[path = "flows/guest.rs"]
+mod guest;
 #[path = "flows/packets.rs"]
 mod packets;
 #[path = "flows/rows.rs"]
@@ -18,8 +20,8 @@ mod trial;
 
 use std::path::Path;
 
-use column::{Captured, Column};
-use lab::topology::{Cni, InpodRules};
+use column::Column;
+use lab::topology::Cni;
 use table::Table;
 use trial::try_all;
 
@@ -38,12 +40,6 @@ fn columns() -> Vec<Column> {
             (column.cni == Cni::Routed && !column.v6) || first
         });
     }
-    // The other styles of rules in pods drop IPv6, whole.
-    columns.retain(|column| {
-        let captures_v6 =
-            column.is_node() || column.captured == Captured::Inpod(InpodRules::Redirect);
-        !column.v6 || captures_v6
-    });
     // Refused before any flow could be tried.
     columns.retain(|column| !(column.is_node() && column.cni == Cni::Bridge));
     columns

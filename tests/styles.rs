@@ -9,13 +9,16 @@ mod harness;
 mod runtime;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use harness::state::apply_to;
 use harness::{Scene, Stage, assert_same_dump, eventually, own};
+use inpod_redirect::facts::{PROBE_ADDRESS, PROBE_ADDRESS6};
 use lab::standing::Daemon;
-use lab::topology::{InpodRules, Mode, SERVICE_PORT, SERVICE_VIP};
+use lab::topology::{
+    APPLICATION_PORT, Families, InpodRules, Mode, SERVICE_PORT, SERVICE_VIP, ipv6,
+};
 use lab::traffic::Check;
 use rstest::rstest;
 use runtime::{Sandbox, ambidex, assert_same, diff_is_empty, dumps, start_agent};
@@ -26,8 +29,6 @@ const STYLES: [InpodRules; 3] = [
     InpodRules::Tproxy,
     InpodRules::Nftables,
 ];
-/// What the node's own connections look like to an application that is captured in its pod.
-const PROBE_SOURCE: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// Far over what an answer takes, on whatever machine.
 const PATIENCE: Duration = Duration::from_secs(40);
 /// Where the applications with open connections listen.
@@ -38,8 +39,25 @@ const SUBJECT: &str = "pod1-2";
 fn scene(rules: InpodRules) -> Scene {
     let mut spec = harness::spec(Mode::Inpod);
     spec.inpod_rules = rules;
+    spec.families = Families::Dual;
     spec.agent_args.push("--dns-capture".to_owned());
     own(&spec)
+}
+
+/// A box by each family: its application, and itself.
+fn in_both(scene: &Stage, target: &str) -> [(SocketAddr, IpAddr); 2] {
+    [
+        (scene.at(target), scene.ip(target).into()),
+        (scene.at6(target), scene.ip6(target).into()),
+    ]
+}
+
+/// Who a server sees of `from` by each family.
+fn assert_seen(scene: &Stage, from: &str, to: &str) {
+    let clients = in_both(scene, from);
+    for ((to, _), (_, client)) in in_both(scene, to).into_iter().zip(clients) {
+        assert_eq!(scene.seen(from, to), client, "{from} to {to}");
+    }
 }
 
 fn run(scene: &Stage, target: &str, command: &str) -> String {
@@ -68,56 +86,65 @@ fn each_style_captures(#[case] rules: InpodRules) {
         ("pod1-1", "pod1-2"),
         ("pod1-2", "pod1-1"),
     ] {
-        assert_eq!(
-            scene.seen(from, scene.at(to)),
-            scene.ip(from),
-            "{from} to {to}"
-        );
+        assert_seen(&scene, from, to);
     }
     for tap in taps {
-        tap.finish().assert_encrypted(&markers);
+        let wire = tap.finish();
+        wire.assert_encrypted(&markers);
+        wire.assert_encrypted6(&markers);
     }
     // The service, which may be the pod itself.
     for _ in 0..8 {
-        let outcome = scene.check("pod1-2", (SERVICE_VIP, SERVICE_PORT).into(), Check::Who);
-        assert!(outcome.ok);
+        for address in [SERVICE_VIP.into(), IpAddr::from(ipv6::twin(SERVICE_VIP))] {
+            let outcome = scene.check("pod1-2", (address, SERVICE_PORT).into(), Check::Who);
+            assert!(outcome.ok);
+        }
     }
-    let own = (scene.ip("pod1-1"), lab::topology::APPLICATION_PORT).into();
-    assert_eq!(
-        scene.seen("pod1-1", own),
-        scene.ip("pod1-1"),
-        "its own address"
-    );
+    for (_, own) in in_both(&scene, "pod1-1") {
+        let seen = scene.seen("pod1-1", (own, APPLICATION_PORT).into());
+        assert_eq!(seen, own, "its own address");
+    }
 
     // Past the mesh: in plain text as long as nobody wants more, and not at all if somebody does.
-    assert_eq!(scene.seen("plain1", scene.at("pod1-1")), scene.ip("plain1"));
-    assert_eq!(scene.seen("pod1-1", scene.at("plain1")), scene.ip("pod1-1"));
+    assert_seen(&scene, "plain1", "pod1-1");
+    assert_seen(&scene, "pod1-1", "plain1");
     {
         let strict = json!([[[{"notPrincipals": [{"Presence": []}]}]]]);
         let _changed = scene.with_state(|state| apply_to(state, "pod1-1", "Deny", strict));
-        scene.refused("plain1", scene.at("pod1-1"));
-        assert_eq!(scene.seen("pod2-1", scene.at("pod1-1")), scene.ip("pod2-1"));
-        let probe = scene.seen("node1", scene.at("pod1-1"));
-        assert_eq!(probe, IpAddr::V4(PROBE_SOURCE), "probes pass");
+        assert_seen(&scene, "pod2-1", "pod1-1");
+        let probes: [IpAddr; 2] = [PROBE_ADDRESS.into(), PROBE_ADDRESS6.into()];
+        for ((to, _), source) in in_both(&scene, "pod1-1").into_iter().zip(probes) {
+            scene.refused("plain1", to);
+            assert_eq!(scene.seen("node1", to), source, "probes pass");
+        }
     }
     // Straight to the proxy's ports: nobody's.
     for port in [15001, 15006] {
-        scene.refused("plain1", (scene.ip("pod1-1"), port).into());
+        for (_, pod) in in_both(&scene, "pod1-1") {
+            scene.refused("plain1", (pod, port).into());
+        }
     }
     let answer = run(
         &scene,
         "pod1-1",
-        "for protocol in +notcp +tcp; do dig +short +tries=1 +time=20 $protocol @192.0.2.53 echo.beta.svc.cluster.local; done",
+        "for server in 192.0.2.53 2001:db8::53; do for protocol in +notcp +tcp; do \
+         dig +short +tries=1 +time=20 $protocol @$server echo.beta.svc.cluster.local; done; done",
     );
     let vip = SERVICE_VIP.to_string();
-    assert_eq!(answer.lines().collect::<Vec<_>>(), [&vip, &vip], "DNS");
+    assert_eq!(answer.lines().collect::<Vec<_>>(), [&vip; 4], "DNS");
 
     ambidex(&scene.lab, "verify alpha/pod1-1").with_code(0);
     diff_is_empty(&scene.lab, "alpha/pod1-1");
     // One thing is taken away, and named.
     let (damage, named) = match rules {
-        InpodRules::Redirect => ("iptables -t nat -F ISTIO_PRERT", "chain ISTIO_PRERT"),
-        InpodRules::Tproxy => ("iptables -t mangle -F ISTIO_PRERT", "chain ISTIO_PRERT"),
+        InpodRules::Redirect => (
+            "for family in ip ip6; do ${family}tables -t nat -F ISTIO_PRERT; done",
+            "chain ISTIO_PRERT",
+        ),
+        InpodRules::Tproxy => (
+            "for family in ip ip6; do ${family}tables -t mangle -F ISTIO_PRERT; done",
+            "chain ISTIO_PRERT",
+        ),
         InpodRules::Nftables => (
             "nft flush chain inet istio-ambient-nat istio-prerouting",
             "table inet istio-ambient-nat: different: lacks `chain istio-prerouting",
@@ -127,13 +154,10 @@ fn each_style_captures(#[case] rules: InpodRules) {
     let difference = ambidex(&scene.lab, "diff alpha/pod1-1").with_code(3);
     assert!(difference.contains(named), "{difference}");
     // What stands beside it keeps others out meanwhile.
-    let outcome = scene.attempt(
-        "plain1",
-        scene.at("pod1-1"),
-        Check::Who,
-        Duration::from_secs(2),
-    );
-    assert!(!outcome.ok, "past the proxy: {outcome:#?}");
+    for (to, _) in in_both(&scene, "pod1-1") {
+        let outcome = scene.attempt("plain1", to, Check::Who, Duration::from_secs(2));
+        assert!(!outcome.ok, "past the proxy: {outcome:#?}");
+    }
 }
 
 /// A pod that was captured before it ran has the tables of Istio's own tests, as this nft spells them; those of iptables are
@@ -269,7 +293,8 @@ impl Talk {
 /// Says back what it hears, until the test ends.
 fn echo(scene: &Stage, target: &str) {
     let netns = scene.lab.netns(target).unwrap();
-    let listener = netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
+    // By both families.
+    let listener = netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)));
     let listener = listener.unwrap().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -285,12 +310,25 @@ fn echo(scene: &Stage, target: &str) {
 fn open(scene: &Stage, peers: &[&'static str]) -> Vec<Talk> {
     let mut talks = Vec::new();
     for peer in peers {
-        for _ in 0..3 {
-            talks.push(Talk::open(scene, SUBJECT, (scene.ip(peer), PORT).into()));
-            talks.push(Talk::open(scene, peer, (scene.ip(SUBJECT), PORT).into()));
+        for _ in 0..2 {
+            talks.extend(one_each_way(scene, peer));
         }
     }
     talks
+}
+
+/// To a peer and from it, by both families.
+fn one_each_way(scene: &Stage, peer: &'static str) -> Vec<Talk> {
+    let families = in_both(scene, peer)
+        .into_iter()
+        .zip(in_both(scene, SUBJECT));
+    let talks = families.flat_map(|((_, peers), (_, subjects))| {
+        [
+            Talk::open(scene, SUBJECT, (peers, PORT).into()),
+            Talk::open(scene, peer, (subjects, PORT).into()),
+        ]
+    });
+    talks.collect()
 }
 
 /// An agent with another style takes a running pod over: connections that are older than its capture go on, captured ones
@@ -318,7 +356,13 @@ fn a_pod_goes_from_any_style_to_any_other() {
     ambidex(lab, &enrol).with_code(0);
     let mut captured = open(&scene, &["plain1", "pod2-1"]);
     // Each of the six ordered pairs once.
-    let filter = format!("host {} and host {}", scene.ip(SUBJECT), scene.ip("pod2-1"));
+    let ends = in_both(&scene, SUBJECT)
+        .into_iter()
+        .zip(in_both(&scene, "pod2-1"));
+    let filter: Vec<String> = ends
+        .map(|((_, subject), (_, peer))| format!("(host {subject} and host {peer})"))
+        .collect();
+    let filter = filter.join(" or ");
     let tap = scene.tap(SUBJECT, "eth0", &filter);
     for to in [1, 2, 0, 2, 1, 0] {
         let style = STYLES[to];
@@ -327,54 +371,41 @@ fn a_pod_goes_from_any_style_to_any_other() {
         start_agent(lab);
         let when = format!("{style}");
         diff_is_empty(lab, &format!("{}/{SUBJECT}", sandbox.namespace));
-        let mark = run(&scene, SUBJECT, "iptables-save; nft list tables inet");
-        assert_eq!(
-            mark.contains("TPROXY"),
-            style == InpodRules::Tproxy,
-            "{when}: {mark}"
-        );
-        assert_eq!(
-            mark.contains("istio-ambient-nat"),
-            style == InpodRules::Nftables,
-            "{when}: {mark}"
-        );
-        assert_eq!(
-            mark.contains("ISTIO_PRERT"),
-            style != InpodRules::Nftables,
-            "{when}: {mark}"
-        );
+        for family in ["ip", "ip6"] {
+            let mark = run(
+                &scene,
+                SUBJECT,
+                &format!("{family}tables-save; nft list tables inet"),
+            );
+            for (word, is_there) in [
+                ("TPROXY", style == InpodRules::Tproxy),
+                ("istio-ambient-nat", style == InpodRules::Nftables),
+                ("ISTIO_PRERT", style != InpodRules::Nftables),
+            ] {
+                assert_eq!(mark.contains(word), is_there, "{when}: {word}: {mark}");
+            }
+        }
         captured
             .iter_mut()
             .chain(&mut older)
             .for_each(|talk| talk.say(&when));
-        captured.push(Talk::open(
-            &scene,
-            SUBJECT,
-            (scene.ip("pod2-1"), PORT).into(),
-        ));
-        captured.push(Talk::open(
-            &scene,
-            "pod2-1",
-            (scene.ip(SUBJECT), PORT).into(),
-        ));
-        assert_eq!(
-            scene.seen("plain1", scene.at(SUBJECT)),
-            scene.ip("plain1"),
-            "{when}"
-        );
+        captured.extend(one_each_way(&scene, "pod2-1"));
+        assert_seen(&scene, "plain1", SUBJECT);
     }
     silent
         .iter_mut()
         .for_each(|talk| talk.say("silent all the time"));
     // New ones and captured ones of before are in tunnels, at every moment.
-    tap.finish().assert_encrypted(&[]);
+    let wire = tap.finish();
+    wire.assert_encrypted(&[]);
+    wire.assert_encrypted6(&[]);
 
     // What older connections need goes with the last of them.
-    let needs = |rules: &str| rules.contains("AMBIDEX_OLDER");
-    assert!(needs(&run(&scene, SUBJECT, "iptables-save")));
+    let needs = |save: &str| run(&scene, SUBJECT, save).contains("AMBIDEX_OLDER");
+    assert!(needs("iptables-save") && needs("ip6tables-save"));
     drop((older, silent));
     eventually("rules for older connections are gone", PATIENCE, || {
-        !needs(&run(&scene, SUBJECT, "iptables-save"))
+        !needs("iptables-save") && !needs("ip6tables-save")
     });
     captured.iter_mut().for_each(|talk| talk.say("settled"));
     diff_is_empty(lab, &format!("{}/{SUBJECT}", sandbox.namespace));

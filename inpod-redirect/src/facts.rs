@@ -40,6 +40,9 @@ pub const V6_INPUT_CHAIN: &str = "AMBIDEX_V6_IN";
 /// Ours: ip6tables chain (filter) that drops what leaves the pod by IPv6.
 pub const V6_OUTPUT_CHAIN: &str = "AMBIDEX_V6_OUT";
 
+/// Ours: ip6tables chain (filter) that drops what guests of the pod would send on by IPv6.
+pub const V6_FORWARD_CHAIN: &str = "AMBIDEX_V6_FWD";
+
 /// Source address of the node's own connections to captured pods, probes first of all.
 pub const PROBE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The same of IPv6.
@@ -56,6 +59,9 @@ pub const GUARD_INPUT_CHAIN: &str = "AMBIDEX_GUARD_IN";
 
 /// Ours: iptables chain (filter) that drops what would leave the pod past the proxy.
 pub const GUARD_OUTPUT_CHAIN: &str = "AMBIDEX_GUARD_OUT";
+
+/// Ours: iptables chain (filter) that drops what guests of the pod would send past the proxy.
+pub const GUARD_FORWARD_CHAIN: &str = "AMBIDEX_GUARD_FWD";
 
 /// Ours: iptables chain (mangle or nat) that keeps connections which are older than the capture out of it, on their way in.
 pub const OLDER_INPUT_CHAIN: &str = "AMBIDEX_OLDER_IN";

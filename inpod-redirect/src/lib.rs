@@ -4,6 +4,7 @@
 //! The whole mode is two screens: [`plan`] (kernel objects as data) and [`scope`] (sockets). [`facts`] has its numbers.
 #![forbid(unsafe_code)]
 
+pub mod extent;
 pub mod facts;
 pub mod plan;
 pub mod scope;

@@ -13,6 +13,7 @@ use host_net::plan::{
 use ipnet::{IpNet, Ipv4Net};
 use shared_proxy::capture::{HBONE_PORT, INBOUND_PLAINTEXT_PORT};
 
+use crate::extent::Extent;
 use crate::facts::*;
 
 mod guard;
@@ -47,12 +48,14 @@ pub struct PodFacts {
     pub live: bool,
     /// Which rules.
     pub style: Style,
+    /// How far they reach. Names of interfaces are those of [`Extent::check`].
+    pub extent: Extent,
 }
 
 impl PodFacts {
-    /// Whether the pod's IPv6 goes through the proxy: by the rules of [`Style::Redirect`] alone.
+    /// Whether the pod's IPv6 goes through the proxy.
     pub fn captures_ipv6(&self) -> bool {
-        self.ipv6 && self.style == Style::Redirect && self.addresses.iter().any(IpAddr::is_ipv6)
+        self.ipv6 && self.addresses.iter().any(IpAddr::is_ipv6)
     }
 }
 
@@ -69,14 +72,12 @@ pub fn pod(facts: &PodFacts, phase: Phase) -> Plan {
         Style::Nftables => plan.steps.extend(nftables::tables(facts, phase)),
         Style::Redirect | Style::Tproxy => {
             if facts.ipv6 && !facts.captures_ipv6() && phase == Phase::Active {
-                plan.steps
-                    .push(v6_chain(V6_INPUT_CHAIN, "INPUT", "! -i lo -j DROP"));
-                plan.steps
-                    .push(v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", "! -o lo -j DROP"));
+                plan.steps.extend(without_ipv6(&facts.extent));
             }
             if phase == Phase::Active {
-                plan.steps.push(guard::input());
+                plan.steps.push(guard::input(&facts.extent));
                 plan.steps.push(guard::output(facts.live));
+                plan.steps.extend(guard::forward(&facts.extent, facts.live));
             }
             plan.steps.extend(iptables::chains(facts, phase));
         }
@@ -200,12 +201,27 @@ pub fn host_pod(facts: &PodFacts, phase: Phase) -> Plan {
     plan
 }
 
-fn v6_chain(name: &str, from: &str, rule: &str) -> Step {
+/// Drops the IPv6 of a pod that has no IPv6 address.
+fn without_ipv6(extent: &Extent) -> Vec<Step> {
+    let all = |rule: &str| vec![rule.to_owned()];
+    let mut steps = vec![
+        v6_chain(V6_INPUT_CHAIN, "INPUT", all("! -i lo -j DROP")),
+        v6_chain(V6_OUTPUT_CHAIN, "OUTPUT", all("! -o lo -j DROP")),
+    ];
+    if extent.has_guests() {
+        let interfaces = extent.virtual_interfaces.iter();
+        let dropped = interfaces.map(|interface| format!("-i {interface} -j DROP"));
+        steps.push(v6_chain(V6_FORWARD_CHAIN, "FORWARD", dropped.collect()));
+    }
+    steps
+}
+
+fn v6_chain(name: &str, from: &str, rules: Vec<String>) -> Step {
     Step::Chain(Chain {
         family: Family::V6,
         table: Table::Filter,
         name: name.to_owned(),
-        rules: vec![rule.to_owned()],
+        rules,
         jump: Some(Jump {
             from: from.to_owned(),
             position: Position::First,

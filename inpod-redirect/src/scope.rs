@@ -47,6 +47,8 @@ pub struct InpodScope {
     /// Where the proxy's threads are.
     own: Netns,
     workload: LocalWorkload,
+    /// Whether what the pod sends may come from other addresses.
+    guests: bool,
 }
 
 /// Shared by all pods: ports belong to a namespace, but counting them together does no harm and costs no memory per pod.
@@ -70,7 +72,13 @@ impl InpodScope {
             netns,
             own: own.clone(),
             workload,
+            guests: false,
         })
+    }
+
+    /// With containers or virtual machines inside the pod whose connections are the pod's own.
+    pub fn with_guests(self, guests: bool) -> Self {
+        Self { guests, ..self }
     }
 
     /// The pod.
@@ -156,6 +164,11 @@ impl Scope for InpodScope {
         dst: OrigDstAddr,
     ) -> Result<LocalWorkload, Refusal> {
         let address = match role {
+            // Only rules on the guests' interfaces lead anybody here who has another address; who comes by himself has this
+            // very port as destination.
+            Role::Outbound if self.guests && dst.0.port() != OUTBOUND_PORT => {
+                return Ok(self.workload.clone());
+            }
             Role::Outbound => client.0.ip(),
             Role::InboundPlaintext | Role::InboundHbone => dst.0.ip(),
             // Bound to loopback: whoever reaches it is in the pod, whatever address it asks from.

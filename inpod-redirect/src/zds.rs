@@ -69,6 +69,8 @@ pub struct Add {
     pub mode: Mode,
     /// The pod's addresses. Empty when the agent does not tell (without the extension).
     pub addresses: Vec<IpAddr>,
+    /// Whether what the pod sends may come from other addresses: guests inside the pod are captured with it.
+    pub guests: bool,
     /// The pod's namespace: always there for [`Mode::Inpod`], never sent for [`Mode::Node`].
     pub netns: Option<Netns>,
 }

@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use host_net::netlink::{Netlink, NetlinkError};
 use host_net::netns::Netns;
 
+use super::datapath::Unfit;
 use super::kubernetes::Wanted;
 use super::{Agent, EnrolError, Pod, PodState};
 use crate::cni::PodEvent;
+use crate::options::Capture;
 
 /// Longest UID or container id: the kernel's comment of a set member has room for 255 bytes.
 const UID_LIMIT: usize = 128;
@@ -107,6 +109,11 @@ pub(super) async fn admit(
         )));
     }
     addresses.iter().try_for_each(|address| unicast(*address))?;
+    let extent = identity.map_or(&event.extent, |identity| &identity.extent);
+    extent.check().map_err(|error| invalid(error.to_string()))?;
+    if extent.bypass_inbound && wanted.mode == Capture::Node {
+        return Err(invalid(Unfit::OneDirection.to_string()));
+    }
     let path = PathBuf::from(&event.netns);
     if !path.is_absolute() {
         return Err(invalid(format!(
@@ -130,6 +137,7 @@ pub(super) async fn admit(
             Some(identity) => identity.dns_capture,
             None => event.dns_capture,
         },
+        extent: extent.clone(),
         mode: wanted.mode,
         state: PodState::Pending,
         live: false,

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use host_net::netlink::{LinkInfo, Netlink};
 use host_net::netns::Netns;
 use host_net::plan::OverlayKind;
+use inpod_redirect::extent::BYPASS_INBOUND;
 use node_redirect::facts::{TUNNEL_IN, TUNNEL_OUT};
 
 /// Why the node capture cannot be on this node.
@@ -25,6 +26,12 @@ pub(super) enum Unfit {
         /// Name of the bridge.
         bridge: String,
     },
+    /// A pod whose inbound traffic is to be let alone.
+    #[error(
+        "{BYPASS_INBOUND}: the node capture leads all packets of a pod through its tunnels, in both directions or not at \
+         all: capture this pod by --mode inpod, or without the annotation"
+    )]
+    OneDirection,
     /// A tunnel of somebody else.
     #[error(
         "UDP port {port} in {place} is taken by device {device} ({what}): choose another one for our tunnels, ambidex agent \

@@ -14,7 +14,6 @@ use anyhow::anyhow;
 use host_net::netns::Netns;
 use host_net::sockets::{Connection, connections};
 use inpod_redirect::facts::{MARK_PROXY, PROBE_ADDRESS, PROBE_ADDRESS6};
-use inpod_redirect::plan::Style;
 use inpod_redirect::zds::Delays;
 use nix::sys::socket::SockaddrStorage;
 use serde::{Deserialize, Serialize};
@@ -333,9 +332,7 @@ impl Agent {
             Capture::Node => self
                 .node_setup()
                 .is_some_and(|setup| setup.host_facts.ends6.is_some()),
-            Capture::Inpod => {
-                self.style() == Style::Redirect && pod.addresses.iter().any(IpAddr::is_ipv6)
-            }
+            Capture::Inpod => pod.addresses.iter().any(IpAddr::is_ipv6),
         }
     }
 

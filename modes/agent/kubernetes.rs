@@ -40,6 +40,8 @@ mod absent;
 
 use std::path::PathBuf;
 
+use inpod_redirect::extent::Extent;
+
 use crate::options::Capture;
 
 #[cfg(not(feature = "kubernetes"))]
@@ -79,4 +81,6 @@ pub(super) struct Identity {
     pub(super) service_account: String,
     /// Whether its DNS queries are captured, where it says so itself.
     pub(super) dns_capture: Option<bool>,
+    /// How far its capture reaches.
+    pub(super) extent: Extent,
 }

@@ -10,7 +10,7 @@ use inpod_redirect::plan::Style;
 use inpod_redirect::zds::{self, Add, WorkloadInfo};
 use ipnet::IpNet;
 
-use super::datapath::refuse_bridge;
+use super::datapath::{Unfit, refuse_bridge};
 use super::node::{MAIN_TABLE, NO_IPV6, has_ipv6};
 use super::{Agent, Pod, PodState};
 use crate::options::{Capture, InpodRules};
@@ -78,6 +78,9 @@ impl Agent {
     ) -> anyhow::Result<Vec<(Place, Plan)>> {
         match capture {
             Capture::Node => {
+                if pod.extent.bypass_inbound {
+                    return Err(Unfit::OneDirection.into());
+                }
                 let setup = self
                     .node_setup()
                     .ok_or_else(|| anyhow!("the node capture is not set up: no proxy yet"))?;
@@ -119,6 +122,7 @@ impl Agent {
                     dns: pod.dns_capture.unwrap_or(self.config.dns_capture),
                     live: pod.live && !pod.settled,
                     style: self.style(),
+                    extent: pod.extent.clone(),
                 };
                 let place = Place {
                     label: format!("pod {}", pod.qualified_name()),
@@ -147,6 +151,7 @@ pub(super) fn announcement(pod: &Pod) -> anyhow::Result<Add> {
         },
         mode,
         addresses: pod.addresses.clone(),
+        guests: pod.extent.has_guests(),
         netns,
     })
 }

@@ -8,6 +8,8 @@
 //!   serviceAccount: web   # default: `default`
 //!   capture: inpod        # node, inpod or none; default: as the agent has it for all
 //!   dnsCapture: false     # default: as the agent has it for all
+//!   bypassInboundCapture: true   # what comes in is not captured
+//!   virtualInterfaces: [br0]     # with guests behind them
 //! ```
 //!
 //! The file is read again when it changes. A pod that it names is captured as one that runs already; with another `capture`
@@ -20,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use host_net::netns::Netns;
+use inpod_redirect::extent::Extent;
 use serde::Deserialize;
 
 use super::kubernetes::Wanted;
@@ -61,6 +64,10 @@ struct Entry {
     service_account: String,
     capture: Option<How>,
     dns_capture: Option<bool>,
+    #[serde(default)]
+    bypass_inbound_capture: bool,
+    #[serde(default)]
+    virtual_interfaces: Vec<String>,
 }
 
 impl Entry {
@@ -203,6 +210,10 @@ impl Agent {
             network: String::new(),
             if_name: String::new(),
             dns_capture: entry.dns_capture,
+            extent: Extent {
+                bypass_inbound: entry.bypass_inbound_capture,
+                virtual_interfaces: entry.virtual_interfaces.clone(),
+            },
         };
         self.complete(&mut event, netns).await?;
         let wanted = Wanted {

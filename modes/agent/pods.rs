@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock};
 
 use host_net::journal::{boot_id, forget_incomplete};
 use host_net::netns::{Netns, NetnsId};
+use inpod_redirect::extent::Extent;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -71,6 +72,9 @@ pub struct Pod {
     /// Whether its DNS queries are captured, where it says so itself; else as the agent has it for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_capture: Option<bool>,
+    /// How far its capture reaches.
+    #[serde(flatten)]
+    pub extent: Extent,
     /// How it is captured.
     pub mode: Capture,
     /// How far.
@@ -312,6 +316,7 @@ mod tests {
             network: String::new(),
             if_name: String::new(),
             dns_capture: None,
+            extent: Extent::default(),
             mode: Capture::Inpod,
             state: PodState::Pending,
             live: false,

@@ -169,7 +169,11 @@ impl Agent {
                 IpNet::V4(net) => !net.addr().is_loopback() && !net.addr().is_link_local(),
                 IpNet::V6(net) => !net.addr().is_loopback() && !net.addr().is_unicast_link_local(),
             };
-            let found = found.into_iter().map(|(_, net)| net).filter(pods_own);
+            // What the pod has for its guests, nobody else knows.
+            let found = found
+                .into_iter()
+                .filter(|(device, _)| !event.extent.virtual_interfaces.contains(device));
+            let found = found.map(|(_, net)| net).filter(pods_own);
             event.ips = found
                 .map(|address| PodIp {
                     interface: None,

@@ -19,8 +19,8 @@ use host_net::netlink::{ListedRoute, ListedRule, Netlink};
 use host_net::netns::Netns;
 use host_net::plan::{Family, Place, Plan, Step, Table};
 use inpod_redirect::facts::{
-    GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, NFT_GUARD_TABLE, OLDER_INPUT_CHAIN, OLDER_OUTPUT_CHAIN,
-    V6_INPUT_CHAIN, V6_OUTPUT_CHAIN,
+    GUARD_FORWARD_CHAIN, GUARD_INPUT_CHAIN, GUARD_OUTPUT_CHAIN, NFT_GUARD_TABLE, OLDER_INPUT_CHAIN,
+    OLDER_OUTPUT_CHAIN, V6_FORWARD_CHAIN, V6_INPUT_CHAIN, V6_OUTPUT_CHAIN,
 };
 
 use super::{Agent, Pod};
@@ -28,11 +28,13 @@ use crate::doctor::mesh_of;
 use crate::options::Capture;
 
 /// Chains in a pod whose names no other program uses; all other names are the field's, too.
-const OWN_NAMES: [&str; 6] = [
+const OWN_NAMES: [&str; 8] = [
+    GUARD_FORWARD_CHAIN,
     GUARD_INPUT_CHAIN,
     GUARD_OUTPUT_CHAIN,
     OLDER_INPUT_CHAIN,
     OLDER_OUTPUT_CHAIN,
+    V6_FORWARD_CHAIN,
     V6_INPUT_CHAIN,
     V6_OUTPUT_CHAIN,
 ];

@@ -15,6 +15,7 @@ use futures_util::stream;
 use host_net::netns::Netns;
 use host_net::plan::Family;
 use host_net::sockets::Listeners;
+use inpod_redirect::extent::{BYPASS_INBOUND, VIRTUAL_INTERFACES};
 use inpod_redirect::zds::messages::WorkloadState;
 use serde::{Deserialize, Serialize};
 use shared_proxy::capture::{
@@ -86,6 +87,9 @@ pub struct Verified {
     /// How far its capture is: of one that drains, only what its open connections need is looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<PodState>,
+    /// What of the pod is not captured, or is beside it, because it says so.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// In the order in which they were made.
     pub checks: Vec<Check>,
 }
@@ -151,6 +155,7 @@ impl Agent {
             uid: None,
             mode: None,
             state: None,
+            notes: Vec::new(),
             checks,
         }
     }
@@ -193,6 +198,7 @@ impl Agent {
             uid: Some(pod.uid.clone()),
             mode: Some(pod.mode),
             state: Some(pod.state),
+            notes: notes(pod),
             checks,
         }
     }
@@ -251,6 +257,28 @@ impl Agent {
     pub(super) async fn proxy_tells(&self) -> Told {
         self.zds.state().await.map_err(|error| error.to_string())
     }
+}
+
+/// How a pod's capture is another one than that of most pods.
+fn notes(pod: &Pod) -> Vec<String> {
+    let mut notes = Vec::new();
+    if pod.extent.bypass_inbound {
+        notes.push(format!(
+            "what comes in is not captured, but for tunnels: {BYPASS_INBOUND}"
+        ));
+    }
+    let interfaces = pod.extent.virtual_interfaces.join(", ");
+    match pod.mode {
+        _ if interfaces.is_empty() => {}
+        Capture::Inpod => notes.push(format!(
+            "TCP of guests behind {interfaces} is captured as the pod's own: {VIRTUAL_INTERFACES}"
+        )),
+        // By the address that the pod gives them.
+        Capture::Node => notes.push(format!(
+            "TCP of guests behind {interfaces} is captured if it leaves the pod with the pod's address, as masqueraded: {VIRTUAL_INTERFACES}"
+        )),
+    }
+    notes
 }
 
 /// What is wrong with a pod's namespace.

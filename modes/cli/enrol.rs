@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use inpod_redirect::extent::Extent;
 
 use super::output::print;
 use super::plan::pod_subject;
@@ -35,6 +36,12 @@ pub(crate) struct EnrolArgs {
     /// Whether its DNS queries are captured (default: as the agent has it)
     #[arg(long, value_name = "BOOL")]
     dns_capture: Option<bool>,
+    /// Let alone what comes in, but for tunnels: for gateways, captured in their pods
+    #[arg(long)]
+    bypass_inbound_capture: bool,
+    /// Interfaces in the pod behind which it has guests (containers, virtual machines) that are captured with it
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    virtual_interfaces: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -68,6 +75,10 @@ pub(crate) fn run_enrol(args: EnrolArgs) -> Result<(), Failure> {
         network: String::new(),
         if_name: String::new(),
         dns_capture: args.dns_capture,
+        extent: Extent {
+            bypass_inbound: args.bypass_inbound_capture,
+            virtual_interfaces: args.virtual_interfaces,
+        },
     };
     let enrolled: Enrolled = block_on(agent_client::send("/v1/enrol", &event))??;
     print(&format!(

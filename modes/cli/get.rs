@@ -6,6 +6,7 @@ mod mesh;
 mod tests;
 
 use clap::{Args, Subcommand};
+use inpod_redirect::extent::Extent;
 use serde_json::Value;
 
 use super::output::{Format, OutputArgs, plain_table};
@@ -82,6 +83,19 @@ fn section(name: &str) -> anyhow::Result<Vec<Value>> {
     })?
 }
 
+/// What is captured of a pod.
+fn reach(extent: &Extent) -> String {
+    let ways = match extent.bypass_inbound {
+        true => "outbound",
+        false => "both ways",
+    };
+    let guests = extent.virtual_interfaces.iter();
+    std::iter::once(ways.to_owned())
+        .chain(guests.map(|interface| format!("guests of {interface}")))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
 fn pods(output: OutputArgs) -> Result<(), Failure> {
     let page = match output.output {
         // Looking into every pod is for those who see what was found.
@@ -92,7 +106,7 @@ fn pods(output: OutputArgs) -> Result<(), Failure> {
     output.print(&pods, |wide| {
         let mut header = vec!["NAMESPACE", "NAME", "MODE", "STATE", "IP"];
         if wide {
-            header.extend(["OUTSIDE", "SERVICE ACCOUNT", "UID", "NETNS"]);
+            header.extend(["OUTSIDE", "CAPTURED", "SERVICE ACCOUNT", "UID", "NETNS"]);
         }
         let mut table = plain_table(&header);
         for ShownPod {
@@ -120,6 +134,7 @@ fn pods(output: OutputArgs) -> Result<(), Failure> {
             if wide {
                 row.extend([
                     outside.map_or_else(|| "-".to_owned(), |count| count.to_string()),
+                    reach(&pod.extent),
                     pod.service_account.clone(),
                     pod.uid.clone(),
                     pod.netns.display().to_string(),

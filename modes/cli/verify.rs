@@ -68,6 +68,9 @@ fn text(all: &[Verified]) -> String {
             .mode
             .map_or_else(String::new, |mode| format!(" ({mode}{drains})"));
         let _ = writeln!(out, "{}{mode}", one.subject);
+        for note in &one.notes {
+            let _ = writeln!(out, "  - {note}");
+        }
         for check in &one.checks {
             let mark = if check.findings.is_empty() {
                 '√'
@@ -117,6 +120,7 @@ mod tests {
                 uid: None,
                 mode: None,
                 state: None,
+                notes: Vec::new(),
                 checks: vec![Check {
                     aspect: Aspect::Objects,
                     findings: Vec::new(),
@@ -127,6 +131,7 @@ mod tests {
                 uid: Some("u".to_owned()),
                 mode: Some(Capture::Inpod),
                 state: Some(PodState::Captured),
+                notes: vec!["what comes in is not captured".to_owned()],
                 checks: vec![Check {
                     aspect: Aspect::Listeners,
                     findings: vec![
@@ -137,7 +142,7 @@ mod tests {
         ];
         assert_eq!(
             text(&all),
-            "node\n  √ kernel objects are in place\n\nshop/cart (inpod)\n  × the proxy listens\n      \
+            "node\n  √ kernel objects are in place\n\nshop/cart (inpod)\n  - what comes in is not captured\n  × the proxy listens\n      \
              nobody listens on port 15001 in the pod's namespace\n\nStatus: not as it should be: shop/cart\n"
         );
     }
@@ -149,6 +154,7 @@ mod tests {
             uid: Some("u".to_owned()),
             mode: Some(Capture::Node),
             state: Some(PodState::Draining),
+            notes: Vec::new(),
             checks: vec![Check {
                 aspect: Aspect::Proxy,
                 findings,

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use inpod_redirect::extent::{BYPASS_INBOUND, Extent, VIRTUAL_INTERFACES};
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
@@ -174,8 +175,18 @@ impl NetConf {
 
     /// What the pod's annotation says of its DNS queries; nothing, if it says no truth value.
     pub fn dns_capture(&self) -> Option<bool> {
+        truth(self.annotation(DNS_CAPTURE)?)
+    }
+
+    /// What the pod's annotations say of how far its capture reaches; a truth value that is none says nothing.
+    pub fn extent(&self) -> Extent {
+        let bypass_inbound = self.annotation(BYPASS_INBOUND).and_then(truth);
+        Extent::of(bypass_inbound, self.annotation(VIRTUAL_INTERFACES))
+    }
+
+    fn annotation(&self, key: &str) -> Option<&str> {
         let annotations = self.runtime_config.as_ref()?.pod_annotations.as_ref()?;
-        truth(annotations.get(DNS_CAPTURE)?)
+        annotations.get(key).map(String::as_str)
     }
 
     /// Addresses in `prevResult`.
@@ -273,6 +284,22 @@ mod tests {
         assert_eq!(annotated("maybe"), None);
         assert_eq!(said("{}"), None);
         assert_eq!(said("null"), None);
+    }
+
+    #[test]
+    fn how_far_a_capture_reaches_is_annotated_or_said_by_who_calls() {
+        let text = format!(
+            r#"{{"cniVersion":"1.0.0","name":"n","runtimeConfig":{{"{POD_ANNOTATIONS}":{{"{BYPASS_INBOUND}":"true","{VIRTUAL_INTERFACES}":"a, b"}}}}}}"#
+        );
+        let annotated = NetConf::parse(text.as_bytes()).unwrap().extent();
+        assert!(annotated.bypass_inbound);
+        assert_eq!(annotated.virtual_interfaces, ["a", "b"]);
+        let args = |text: &str| CniArgs::parse(text).unwrap().extent(&annotated);
+        assert_eq!(args(""), annotated);
+        let said = args("AMBIDEX_BYPASS_INBOUND_CAPTURE=false;AMBIDEX_VIRTUAL_INTERFACES=c");
+        assert_eq!(said, Extent::of(None, Some("c")));
+        let wrong = CniArgs::parse("AMBIDEX_BYPASS_INBOUND_CAPTURE=perhaps");
+        assert_eq!(wrong.unwrap_err().code, 4);
     }
 
     #[test]

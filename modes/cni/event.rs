@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use inpod_redirect::extent::Extent;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -43,6 +44,9 @@ pub struct PodEvent {
     /// Whether the pod's DNS queries are captured, where the pod itself says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_capture: Option<bool>,
+    /// How far the pod's capture reaches, where it is not as usual.
+    #[serde(default, skip_serializing_if = "Extent::is_usual")]
+    pub extent: Extent,
 }
 
 /// The attachments to a network that a runtime knows, when it has garbage collected.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use fuzz_driver::{Target, Verdict};
+use inpod_redirect::extent::Extent;
 
 use super::{CniArgs, NetConf, PodEvent};
 
@@ -56,6 +57,7 @@ fn cni_configuration() {
                 return Verdict::refused(error);
             }
         };
+        let extent = args.extent(&Extent::default());
         let event = PodEvent {
             netns: "/run/netns/x".to_owned(),
             pod_name: args.pod_name,
@@ -67,6 +69,7 @@ fn cni_configuration() {
             network: "n".to_owned(),
             if_name: "eth0".to_owned(),
             dns_capture: Some(false),
+            extent,
         };
         let written = serde_json::to_vec(&event).unwrap();
         assert_eq!(serde_json::from_slice::<PodEvent>(&written).unwrap(), event);

@@ -301,6 +301,7 @@ fn event(invocation: &Invocation, conf: &NetConf) -> Result<Option<PodEvent>, Cn
         network: conf.name.clone(),
         if_name: invocation.if_name.clone(),
         dns_capture: args.dns_capture.or_else(|| conf.dns_capture()),
+        extent: args.extent(&conf.extent()),
     }))
 }
 

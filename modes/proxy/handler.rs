@@ -124,7 +124,8 @@ impl Workloads {
             add.info.service_account.as_str(),
         )
         .map_err(|error| error.to_string())?;
-        let served = self.serve(workload, &identity, add.mode, add.netns).await;
+        let scope = (add.mode, add.netns, add.guests);
+        let served = self.serve(workload, &identity, scope).await;
         if served.is_err() {
             self.forget_unused(&identity);
         }
@@ -135,8 +136,7 @@ impl Workloads {
         &self,
         workload: LocalWorkload,
         identity: &Identity,
-        mode: Mode,
-        netns: Option<Netns>,
+        (mode, netns, guests): (Mode, Option<Netns>, bool),
     ) -> Result<(), String> {
         // An acknowledgement promises that the pod's connections can be served: with its certificate.
         tokio::time::timeout(CERTIFICATE_WITHIN, self.certificates.get(identity))
@@ -144,7 +144,7 @@ impl Workloads {
             .map_err(|_| format!("no certificate for {identity} within {CERTIFICATE_WITHIN:?}"))?
             .map_err(|error| error.to_string())?;
         let scope = match (mode, netns) {
-            (Mode::Inpod, Some(netns)) => Some(self.attach(&workload, netns).await?),
+            (Mode::Inpod, Some(netns)) => Some(self.attach(&workload, netns, guests).await?),
             (Mode::Inpod, None) => {
                 return Err("in-pod capture needs the pod's network namespace".to_owned());
             }
@@ -171,9 +171,15 @@ impl Workloads {
     }
 
     /// Serves a pod inside its namespace.
-    async fn attach(&self, workload: &LocalWorkload, netns: Netns) -> Result<Attached, String> {
+    async fn attach(
+        &self,
+        workload: &LocalWorkload,
+        netns: Netns,
+        guests: bool,
+    ) -> Result<Attached, String> {
         let scope = InpodScope::new(netns, workload.clone(), &self.own_netns)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| error.to_string())?
+            .with_guests(guests);
         let attached = self.core.attach(Arc::new(scope)).await;
         attached.map_err(|error| error.to_string())
     }

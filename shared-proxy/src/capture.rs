@@ -114,6 +114,19 @@ pub struct LocalWorkload {
     pub addresses: Arc<[IpAddr]>,
 }
 
+impl LocalWorkload {
+    /// The pod's address of a connection that it opened from `client`: that one, unless it is a guest's, whom nobody knows.
+    pub fn address_of(&self, client: IpAddr) -> IpAddr {
+        if self.addresses.contains(&client) {
+            return client;
+        }
+        let of_its_family = |address: &&IpAddr| address.is_ipv4() == client.is_ipv4();
+        let addresses = self.addresses.iter();
+        let known = addresses.clone().find(of_its_family).or(addresses.last());
+        known.copied().unwrap_or(client)
+    }
+}
+
 /// Why a connection is not served. Logged and counted with the address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {

@@ -30,6 +30,8 @@ use route::{Destination, Pick, Way};
 /// Who opened a connection.
 struct Source {
     client: ClientAddr,
+    /// The pod's: another one than the client's if that is a guest of it.
+    address: IpAddr,
     identity: Identity,
     workload: Arc<Workload>,
 }
@@ -140,12 +142,16 @@ async fn prepare(
         let owner = attachment.scope.owner(Role::Outbound, client, dst)?;
         Ok((owner, dst))
     });
+    let pods = match &owned {
+        Ok((owner, _)) => owner.address_of(client.0.ip()),
+        Err(_) => client.0.ip(),
+    };
     let whose = Subject {
         direction: Direction::Outbound,
         client: client.0,
         destination: known.map_or(client.0, |dst| dst.0),
     };
-    let released = attachment.clone().released(client.0.ip(), whose);
+    let released = attachment.clone().released(pods, whose);
     let attachment = &released.await;
     let capture_mode = attachment.scope.id().capture_mode;
     let (source, destination) = match decide(attachment, client, owned).await {
@@ -184,7 +190,8 @@ async fn decide(
     let (owner, dst) = owned?;
     refuse_own_port(&owner, client, dst.0)?;
     let identity = attachment.identity_of(&owner)?;
-    let (_, workload) = attachment.workload_of(&owner, client.0.ip()).await?;
+    let pods = owner.address_of(client.0.ip());
+    let (_, workload) = attachment.workload_of(&owner, pods).await?;
     let snapshot = attachment.mesh_for(dst.0.ip()).await?;
     let pick = route::pick(&snapshot, &workload, dst.0, &mut rng())?;
     let address = match pick.address() {
@@ -197,6 +204,7 @@ async fn decide(
     }
     let source = Source {
         client,
+        address: pods,
         identity,
         workload,
     };
@@ -280,7 +288,7 @@ async fn connect(
     let to = destination.endpoint;
     match &destination.way {
         Way::Plain => {
-            let who = OnBehalfOf::LocalWorkload(source.client.0.ip());
+            let who = OnBehalfOf::LocalWorkload(source.address);
             let leg = Leg::new(attachment.dial(to, who).await?);
             inbound::note_leg(&accounts.source, &leg);
             Ok(Upstream::Tcp(leg))
@@ -343,7 +351,7 @@ fn pool_key(
         scope: attachment.scope.id().clone(),
         attachment: attachment.number,
         source: source.identity.clone(),
-        source_address: source.client.0.ip(),
+        source_address: source.address,
         destination,
         expected: expected.clone(),
     }

@@ -14,10 +14,11 @@ use lab::traffic::{self, Check, ClientOptions, Outcome};
 use serde_json::Value;
 
 use super::column::Column;
-use super::rows::{PORT_TO_A, PORT_TO_A_LOCAL, PORT_TO_B, Path, Seen, To};
+use super::guest::{BRIDGE, Guest};
+use super::rows::{GATEWAY, GUEST, GUESTED, PORT_TO_A, PORT_TO_A_LOCAL, PORT_TO_B, Path, Seen, To};
 use crate::harness::observe::LogMark;
 use crate::harness::state::Changed;
-use crate::harness::{Scene, Stage, eventually, own};
+use crate::harness::{self, Scene, Stage, eventually, own};
 
 /// Services with one endpoint each: name, cluster address, pod.
 const SERVICES: [(&str, Ipv4Addr, &str); 3] = [
@@ -40,6 +41,7 @@ const LOGGED_WITHIN: Duration = Duration::from_secs(30);
 pub struct Ground<'a> {
     pub scene: &'a Scene,
     v6: bool,
+    guest: Guest,
     ports: AtomicU16,
     /// Never put back: the lab goes when its flows are done, and by then without a proxy to tell.
     _services: ManuallyDrop<Changed<'a>>,
@@ -60,8 +62,14 @@ pub fn lab(column: &Column) -> Scene {
 }
 
 impl<'a> Ground<'a> {
-    /// Adds services, node ports and servers.
-    pub fn prepare(scene: &'a Scene, v6: bool) -> Self {
+    /// Adds services, node ports, servers, a guest and a gateway.
+    pub fn prepare(scene: &'a Scene, column: &Column) -> Self {
+        let v6 = column.v6;
+        let guest = Guest::inside(scene, GUESTED);
+        enrol_again(scene, GUESTED, &["--virtual-interfaces", BRIDGE]);
+        if !column.is_node() {
+            enrol_again(scene, GATEWAY, &["--bypass-inbound-capture"]);
+        }
         let rules = service_rules(scene);
         for node in ["node1", "node2"] {
             script(scene, node, &rules);
@@ -84,6 +92,7 @@ impl<'a> Ground<'a> {
         Self {
             scene,
             v6,
+            guest,
             ports: AtomicU16::new(61_000),
             _services: ManuallyDrop::new(scene.with_state(|state| add_services(state, v6))),
         }
@@ -91,6 +100,9 @@ impl<'a> Ground<'a> {
 
     /// The namespace of a box.
     pub fn netns(&self, target: &str) -> Netns {
+        if target == GUEST {
+            return self.guest.netns.clone();
+        }
         self.scene.lab.netns(target).unwrap()
     }
 
@@ -268,6 +280,28 @@ impl<'a> Ground<'a> {
             .sum()
     }
 
+    /// What the agent says to capturing the gateway as one. It changes nothing.
+    pub fn gateway_refused(&self) -> Result<(), String> {
+        let pod = self.scene.pod(GATEWAY);
+        let netns = Netns::path_of(&pod.netns).display().to_string();
+        let name = format!("{}/{GATEWAY}", pod.namespace);
+        let argv = [
+            harness::ambidex(),
+            "enrol",
+            &name,
+            "--netns",
+            &netns,
+            "--bypass-inbound-capture",
+        ];
+        let done = self.scene.lab.run("node2", &argv, PATIENCE);
+        let done = done.map_err(|error| format!("{error:#}"))?;
+        let told = done.stderr.contains("in both directions or not at all");
+        match done.code != 0 && told {
+            true => Ok(()),
+            false => Err(format!("not refused: {}{}", done.stdout, done.stderr)),
+        }
+    }
+
     /// Kills the first node's proxy.
     pub fn kill_proxy(&self) {
         self.scene.lab.kill(1, Daemon::Proxy).unwrap();
@@ -316,6 +350,35 @@ fn too_large(netns: &Netns, v6: bool) -> u64 {
         .position(|word| word == "FragFails")
         .unwrap();
     numbers.split(' ').nth(at).unwrap().parse().unwrap()
+}
+
+/// Captures a pod of the lab once more, in another way.
+fn enrol_again(scene: &Stage, name: &str, flags: &[&str]) {
+    let pod = scene.pod(name);
+    let ambidex = |arguments: &[&str]| {
+        let argv: Vec<&str> = [harness::ambidex()]
+            .iter()
+            .chain(arguments)
+            .copied()
+            .collect();
+        let node = format!("node{}", scene.node_of(name));
+        let done = scene.lab.run(&node, &argv, PATIENCE);
+        done.unwrap().success("ambidex").unwrap();
+    };
+    let qualified = format!("{}/{name}", pod.namespace);
+    ambidex(&["unenrol", &qualified, "--drain", "0s", "--wait"]);
+    let netns = Netns::path_of(&pod.netns).display().to_string();
+    let identity = [
+        "enrol",
+        &qualified,
+        "--netns",
+        &netns,
+        "--uid",
+        &pod.uid,
+        "--service-account",
+        &pod.service_account,
+    ];
+    ambidex(&[&identity, flags].concat());
 }
 
 /// Runs a script that must succeed.

@@ -174,6 +174,10 @@ pub const BRIDGE: &str = "pods of one bridge reach each other past the node's ro
 /// A captured pod and a node port of its own node.
 const OWN_NODE_PORT: &str = "an address of the pod's own node is delivered before any rule of the node capture, and \
                              captured packets are spared the DNAT: use the service's address";
+/// A gateway and the node capture.
+const ONE_DIRECTION: &str = "the node capture leads all packets of a pod through its tunnels, in both directions or not at \
+                             all: the agent refuses a pod with `ambient.istio.io/bypass-inbound-capture`, and `--mode \
+                             inpod` works";
 /// No proxy.
 const CLOSED: &str =
     "without its proxy a captured pod takes and makes no connection: it fails closed";
@@ -187,6 +191,12 @@ const C: &str = "pod1-2";
 const B: &str = "pod2-1";
 const U: &str = "plain1";
 const V: &str = "plain2";
+/// Whose inbound traffic is let alone.
+pub const GATEWAY: &str = "pod2-2";
+/// A container in [`GUESTED`].
+pub const GUEST: &str = "guest";
+/// The pod with a guest.
+pub const GUESTED: &str = C;
 
 /// Node ports of the lab's services.
 pub const PORT_TO_A: u16 = 30021;
@@ -277,6 +287,15 @@ pub const ROWS: &[Row] = &[
     same("pod → proxy's metrics, other node", Act::Get(A, To::Metrics(2)), Works(Seen::Unknown, Outbound, Clear)),
     same("pod → itself, 127.0.0.1", Act::Tcp(A, To::Loopback), Works(Seen::Loopback, Direct, Elsewhere)),
     same("pod → itself, its address", tcp(A, A), from_pod(A, Direct, Elsewhere)),
+    // Pods with guests, and pods that have what comes in to themselves.
+    same("guest in a pod → pod, other node", tcp(GUEST, B), from_pod(GUESTED, Mesh, Encrypted)),
+    same("guest in a pod → service, other node", Act::Tcp(GUEST, To::Service("far")), from_pod(GUESTED, Mesh, Encrypted)),
+    same("guest in a pod → pod, same node", tcp(GUEST, A), from_pod(GUESTED, Mesh, Elsewhere)),
+    same("guest in a pod → uncaptured, other node", tcp(GUEST, V), from_pod(GUESTED, Outbound, Clear)),
+    row("uncaptured → gateway, other node", tcp(U, GATEWAY), Refused(ONE_DIRECTION), from_pod(U, Direct, Clear)),
+    row("pod → gateway, other node", tcp(A, GATEWAY), Refused(ONE_DIRECTION), from_pod(A, Mesh, Encrypted)),
+    row("gateway → pod, other node", tcp(GATEWAY, A), Refused(ONE_DIRECTION), from_pod(GATEWAY, Mesh, Encrypted)),
+    row("gateway → uncaptured, other node", tcp(GATEWAY, U), Refused(ONE_DIRECTION), from_pod(GATEWAY, Outbound, Clear)),
     // What is not TCP.
     same("UDP pod → pod, other node", Act::Udp(A, B, 100), ALONE),
     same("UDP pod → pod, same node", Act::Udp(A, C, 100), ALONE),

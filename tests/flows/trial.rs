@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::column::Column;
 use super::ground::{Ground, IMPATIENCE, PATIENCE, lab};
 use super::packets::{datagrams, ping};
-use super::rows::{Act, Outcome, Path, ROWS, Row, Seen, To, Wire};
+use super::rows::{Act, GATEWAY, GUEST, GUESTED, Outcome, Path, ROWS, Row, Seen, To, Wire};
 use crate::harness::wire::Tap;
 
 /// The link between the nodes, while it is small.
@@ -64,7 +64,7 @@ impl Cell {
 /// All flows in one capture.
 pub fn try_all(column: &Column) -> Vec<Cell> {
     let scene = lab(column);
-    let ground = Ground::prepare(&scene, column.v6);
+    let ground = Ground::prepare(&scene, column);
     let mut taps = Some([
         scene.tap("node1", "eth0", ""),
         scene.tap("node1", &scene.pod("pod1-1").veth, ""),
@@ -180,6 +180,9 @@ fn refused(ground: &Ground<'_>, row: &Row) -> Result<(), String> {
     let (Act::Tcp(from, to) | Act::Bulk(from, to) | Act::Proxyless(from, to)) = row.act else {
         return Err("how it is refused is not known".to_owned());
     };
+    if from == GATEWAY || to == To::Application(GATEWAY) {
+        return ground.gateway_refused();
+    }
     let at = ground.destination(from, to);
     let outcome = ground.attempt(from, at, Check::Who, IMPATIENCE);
     if outcome.ok {
@@ -239,7 +242,10 @@ fn proven(
     from: &str,
     cell: &mut Cell,
 ) -> Result<(), String> {
-    let client = from.starts_with("pod").then_some(from);
+    let client = match from {
+        GUEST => Some(GUESTED),
+        pod => pod.starts_with("pod").then_some(pod),
+    };
     let path = ground.path(marks, path, times, client)?;
     cell.path = Some(path.to_string());
     Ok(())

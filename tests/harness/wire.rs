@@ -133,6 +133,35 @@ impl Wire {
         }
     }
 
+    /// As [`Wire::assert_encrypted`], of IPv6: payload, none of it beside the ports of HBONE, and no marker in the clear.
+    pub fn assert_encrypted6(&self, markers: &[&str]) {
+        let bytes = std::fs::read(&self.file).unwrap();
+        for marker in markers {
+            let shown = bytes
+                .windows(marker.len())
+                .any(|at| at == marker.as_bytes());
+            assert!(!shown, "{}: {marker} in the clear", self.label);
+        }
+        // Segments that are longer than their headers say that these are themselves.
+        let payload = "ip6 and tcp and (ip6[4:2] - ((ip6[52] & 0xf0) >> 2) > 0)";
+        let tunnels = format!("(tcp port {TUNNEL_PORT} or tcp port {LOOPED_PORT})");
+        let packets = |filter: &str| {
+            let mut tcpdump = std::process::Command::new("tcpdump");
+            tcpdump.args(["-nn", "-r", self.file.to_str().unwrap(), filter]);
+            let output = tcpdump.output().unwrap();
+            assert!(output.status.success(), "{filter}: {output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let inside = packets(&format!("{payload} and {tunnels}"));
+        assert!(
+            inside.lines().count() >= 2,
+            "{}: no tunnel by IPv6 was seen, so nothing is proven",
+            self.label
+        );
+        let beside = packets(&format!("{payload} and not {tunnels}"));
+        assert_eq!(beside, "", "{}: beside the tunnel", self.label);
+    }
+
     /// Addresses that opened tunnels to `to`.
     pub fn tunnel_clients(&self, to: Ipv4Addr) -> Vec<Ipv4Addr> {
         let to = SocketAddrV4::new(to, TUNNEL_PORT);

@@ -9,13 +9,13 @@ pub(super) fn chains(facts: &PodFacts, phase: Phase) -> Vec<Step> {
     let active = phase == Phase::Active;
     let mut steps = Vec::new();
     if facts.live && active {
-        steps.extend(older_connections(facts.style));
+        steps.extend(older_connections(facts));
     }
     steps.push(chain(
         Table::Mangle,
         PREROUTING_CHAIN,
         "PREROUTING",
-        mangle_prerouting(facts.style, active),
+        mangle_prerouting(facts, active),
     ));
     steps.push(chain(
         Table::Mangle,
@@ -26,12 +26,12 @@ pub(super) fn chains(facts: &PodFacts, phase: Phase) -> Vec<Step> {
         )],
     ));
     // While draining, the chains stay without what redirects: connections that were redirected need the table's hooks.
-    if facts.style != Style::Tproxy {
+    if facts.style != Style::Tproxy || facts.extent.has_guests() {
         steps.push(chain(
             Table::Nat,
             PREROUTING_CHAIN,
             "PREROUTING",
-            nat_prerouting(active),
+            nat_prerouting(facts, active),
         ));
     }
     steps.push(chain(
@@ -48,7 +48,7 @@ pub(super) fn chains(facts: &PodFacts, phase: Phase) -> Vec<Step> {
 
 /// The rules of the field would take a connection that connection tracking hears of in mid-stream for one that begins, and
 /// redirect it; so these come before them.
-fn older_connections(style: Style) -> [Step; 2] {
+fn older_connections(facts: &PodFacts) -> Vec<Step> {
     let rule = format!("-p tcp -m tcp ! {SYN} -m mark ! --mark {MARK_PROXY} -j ACCEPT");
     let first = |table, name: &str, from: &str| {
         Step::Chain(Chain {
@@ -62,24 +62,34 @@ fn older_connections(style: Style) -> [Step; 2] {
             }),
         })
     };
-    let way_in = match style {
-        Style::Tproxy => Table::Mangle,
-        _ => Table::Nat,
+    let ways_in: &[Table] = match facts.style {
+        // Guests are redirected in every style.
+        Style::Tproxy if facts.extent.has_guests() => &[Table::Mangle, Table::Nat],
+        Style::Tproxy => &[Table::Mangle],
+        _ => &[Table::Nat],
     };
-    [
-        first(way_in, OLDER_INPUT_CHAIN, "PREROUTING"),
-        first(Table::Nat, OLDER_OUTPUT_CHAIN, "OUTPUT"),
-    ]
+    let ways_in = ways_in.iter();
+    let mut steps: Vec<Step> = ways_in
+        .map(|table| first(*table, OLDER_INPUT_CHAIN, "PREROUTING"))
+        .collect();
+    steps.push(first(Table::Nat, OLDER_OUTPUT_CHAIN, "OUTPUT"));
+    steps
 }
 
-fn mangle_prerouting(style: Style, active: bool) -> Vec<String> {
+fn mangle_prerouting(facts: &PodFacts, active: bool) -> Vec<String> {
     let mut rules = vec![format!(
         "-m mark --mark {MARK_PROXY} -j CONNMARK --set-xmark {MARK_RETURN}"
     )];
-    if style != Style::Tproxy {
+    if facts.style != Style::Tproxy {
         return rules;
     }
-    rules.push(format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT"));
+    let takes_all = !facts.extent.bypass_inbound;
+    // They are redirected as what the pod itself sends.
+    let guests = facts.extent.virtual_interfaces.iter();
+    rules.extend(guests.map(|interface| format!("-i {interface} -p tcp -j ACCEPT")));
+    if takes_all {
+        rules.push(format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT"));
+    }
     rules.push("! -d 127.0.0.1/32 -i lo -p tcp -j ACCEPT".to_owned());
     let to_port = |port: u16| {
         format!(
@@ -93,7 +103,7 @@ fn mangle_prerouting(style: Style, active: bool) -> Vec<String> {
         ));
     }
     rules.push("-p tcp -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned());
-    if active {
+    if active && takes_all {
         rules.push(format!(
             "! -d 127.0.0.1/32 -p tcp {}",
             to_port(INBOUND_PLAINTEXT_PORT)
@@ -102,8 +112,26 @@ fn mangle_prerouting(style: Style, active: bool) -> Vec<String> {
     rules
 }
 
-fn nat_prerouting(active: bool) -> Vec<String> {
-    let mut rules = vec![format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT")];
+fn nat_prerouting(facts: &PodFacts, active: bool) -> Vec<String> {
+    let mut rules = Vec::new();
+    if active {
+        rules.extend(
+            facts
+                .extent
+                .virtual_interfaces
+                .iter()
+                .flat_map(|interface| {
+                    [
+                        format!("-i {interface} -p tcp -j REDIRECT --to-ports {OUTBOUND_PORT}"),
+                        format!("-i {interface} -p tcp -j RETURN"),
+                    ]
+                }),
+        );
+    }
+    if facts.style == Style::Tproxy || facts.extent.bypass_inbound {
+        return rules;
+    }
+    rules.push(format!("-s {PROBE_ADDRESS}/32 -p tcp -m tcp -j ACCEPT"));
     if active {
         rules.push(format!(
             "! -d 127.0.0.1/32 -p tcp -m tcp ! --dport {HBONE_PORT} -m mark ! --mark {MARK_PROXY} -j REDIRECT --to-ports {INBOUND_PLAINTEXT_PORT}"

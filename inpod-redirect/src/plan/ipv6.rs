@@ -5,7 +5,8 @@ use ipnet::Ipv6Net;
 use super::*;
 
 /// What IPv4 says, and what IPv6 does. `::1` is all there is of loopback.
-const WORDS: [(&str, &str); 3] = [
+const WORDS: [(&str, &str); 4] = [
+    ("--on-ip 0.0.0.0", "--on-ip ::"),
     ("127.0.0.0/8", "::1/128"),
     ("127.0.0.1", "::1"),
     ("::1/32", "::1/128"),

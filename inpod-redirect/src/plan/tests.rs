@@ -12,6 +12,7 @@ fn facts() -> PodFacts {
         dns: false,
         live: false,
         style: Style::Redirect,
+        extent: Extent::default(),
     }
 }
 
@@ -44,16 +45,103 @@ fn ipv6_beside_ipv4() {
     only_v6.steps = ipv6::twins(&pod(&facts(), Phase::Active).steps);
     snapshot("pod_ipv6", &only_v6);
     assert_eq!(host_pod(&dual, Phase::Active).steps.len(), 2);
-    // Other rules know no IPv6 addresses.
-    for style in [Style::Tproxy, Style::Nftables] {
-        let dual = PodFacts {
+    let live = |style| PodFacts {
+        style,
+        live: true,
+        dns: true,
+        ..dual.clone()
+    };
+    let mut only_v6 = pod(&live(Style::Tproxy), Phase::Active);
+    only_v6
+        .steps
+        .retain(|step| step.to_string().contains("ip6tables"));
+    snapshot("pod_tproxy_ipv6", &only_v6);
+    snapshot(
+        "pod_nftables_ipv6",
+        &pod(&live(Style::Nftables), Phase::Active),
+    );
+}
+
+/// A gateway has its inbound traffic to itself, and guests of a pod are captured with it: in every style, by both families.
+#[test]
+fn a_pod_with_an_extent_of_its_own() {
+    let with = |style, bypass_inbound, guests: &str, phase| {
+        let facts = PodFacts {
+            addresses: vec!["10.244.1.5".parse().unwrap(), "fd00::5".parse().unwrap()],
             style,
-            ..dual.clone()
+            extent: Extent::of(Some(bypass_inbound), Some(guests)),
+            ..facts()
         };
-        assert_eq!(
-            pod(&dual, Phase::Active),
-            pod(&PodFacts { style, ..facts() }, Phase::Active)
-        );
+        as_commands(&pod(&facts, phase)).join("\n")
+    };
+    for style in [Style::Redirect, Style::Tproxy, Style::Nftables] {
+        for phase in [Phase::Active, Phase::Draining] {
+            let gateway = with(style, true, "", phase);
+            // What the guards have to do with it begins with "--dports 15001" or "dport { 15001".
+            let to_15006 = gateway.matches("15006").count();
+            let guards =
+                gateway.matches("15001,15006").count() + gateway.matches("15001, 15006").count();
+            assert_eq!(to_15006, guards, "{style:?} {phase:?}: {gateway}");
+            for probes in ["-s 169.254.7.127", "saddr 169.254.7.127"] {
+                assert!(!gateway.contains(probes), "{style:?} {phase:?}: {gateway}");
+            }
+        }
+        // Nobody comes to the proxy's ports from outside, by either family.
+        let gateway = with(style, true, "", Phase::Active);
+        let guards = match style {
+            Style::Nftables => {
+                gateway
+                    .matches("dport { 15001, 15006 } counter drop")
+                    .count()
+                    * 2
+            }
+            _ => gateway.matches("--dports 15001,15006 -j DROP").count(),
+        };
+        assert_eq!(guards, 2, "{style:?}: {gateway}");
+        let taken = |commands: &str| {
+            let rules = [
+                "-i br0 -p tcp -j REDIRECT --to-ports 15001",
+                "iifname \"br0\" meta l4proto tcp counter redirect to :15001",
+            ];
+            rules
+                .iter()
+                .map(|rule| commands.matches(rule).count())
+                .sum::<usize>()
+        };
+        let families = if style == Style::Nftables { 1 } else { 2 };
+        let guests = with(style, false, "br0,br1", Phase::Active);
+        assert_eq!(taken(&guests), families, "{style:?}: {guests}");
+        assert!(guests.contains("15006"), "{style:?}: {guests}");
+        assert_eq!(taken(&with(style, false, "br0", Phase::Draining)), 0);
+        assert_eq!(taken(&with(style, false, "", Phase::Active)), 0);
+    }
+    let whole = |style| PodFacts {
+        style,
+        live: true,
+        extent: Extent::of(Some(true), Some("br0")),
+        ..facts()
+    };
+    for (name, style) in [
+        ("pod_extent_redirect", Style::Redirect),
+        ("pod_extent_tproxy", Style::Tproxy),
+        ("pod_extent_nftables", Style::Nftables),
+    ] {
+        snapshot(name, &pod(&whole(style), Phase::Active));
+    }
+    let guests = PodFacts {
+        extent: Extent::of(None, Some("br0")),
+        ..facts()
+    };
+    for (name, style) in [
+        ("pod_guests_redirect", Style::Redirect),
+        ("pod_guests_tproxy", Style::Tproxy),
+        ("pod_guests_nftables", Style::Nftables),
+    ] {
+        let guests = PodFacts {
+            style,
+            ..guests.clone()
+        };
+        snapshot(name, &pod(&guests, Phase::Active));
     }
 }
 

@@ -51,6 +51,21 @@ fn the_owner_is_fixed_but_the_address_must_be_its_own(
     assert_eq!(&*untold.unwrap().uid, "uid-1");
 }
 
+/// Who was led here from an interface of guests has gone somewhere; who has come by himself to this port, has not.
+#[test]
+fn guests_speak_with_addresses_of_their_own() {
+    let netns = Netns::create_unnamed().unwrap();
+    let scope = scope(&netns, &["10.244.1.4"]).with_guests(true);
+    let ask = |role, client: &str, dst: &str| {
+        let client = ClientAddr(SocketAddr::new(address(client), 40000));
+        scope.owner(role, client, OrigDstAddr(dst.parse().unwrap()))
+    };
+    assert!(ask(Role::Outbound, "172.20.0.2", "10.96.0.1:80").is_ok());
+    assert!(ask(Role::Outbound, "10.244.1.4", "10.96.0.1:80").is_ok());
+    assert!(ask(Role::Outbound, "10.244.1.5", "10.244.1.4:15001").is_err());
+    assert!(ask(Role::InboundPlaintext, "10.244.1.5", "10.0.0.1:80").is_err());
+}
+
 #[tokio::test]
 async fn listeners_are_in_the_pod_marked_and_shared_with_a_second_proxy() {
     let netns = Netns::create_unnamed().unwrap();

@@ -71,6 +71,10 @@ pub struct AddWorkload {
     /// Extension: the pod's addresses, 4 or 16 bytes each.
     #[prost(bytes = "vec", repeated, tag = "1001")]
     pub addresses: Vec<Vec<u8>>,
+    /// Extension: containers or virtual machines inside the pod are captured with it; what it sends may come from addresses
+    /// of theirs.
+    #[prost(bool, tag = "1002")]
+    pub guests: bool,
 }
 
 /// This pod is wanted but its namespace is not at hand: keep it if it runs. Only before [`SnapshotSent`].

@@ -41,6 +41,7 @@ fn inpod(uid: &str, netns: &Netns) -> Add {
         info: info(),
         mode: Mode::Inpod,
         addresses: vec!["10.244.1.4".parse().unwrap()],
+        guests: false,
         netns: Some(netns.clone()),
     }
 }
@@ -51,6 +52,7 @@ fn node(uid: &str, address: &str) -> Add {
         info: info(),
         mode: Mode::Node,
         addresses: vec![address.parse::<IpAddr>().unwrap()],
+        guests: false,
         netns: None,
     }
 }

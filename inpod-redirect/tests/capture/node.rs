@@ -12,6 +12,7 @@ use host_net::engine;
 use host_net::journal::Journal;
 use host_net::netns::Netns;
 use host_net::plan::{Phase, Place, Plan};
+use inpod_redirect::extent::Extent;
 use inpod_redirect::plan::{self, PodFacts, Style};
 use inpod_redirect::scope::InpodScope;
 use shared_proxy::capture::LocalWorkload;
@@ -265,6 +266,7 @@ fn facts(pod: Pod, style: Style) -> PodFacts {
         dns: false,
         live: true,
         style,
+        extent: Extent::default(),
     }
 }
 

@@ -163,6 +163,7 @@ mod tests {
             network: String::new(),
             if_name: String::new(),
             dns_capture: None,
+            extent: inpod_redirect::extent::Extent::default(),
             mode: Capture::Inpod,
             state: PodState::Captured,
             live: false,

@@ -56,6 +56,7 @@ impl Source {
                 mode,
                 identity: Some(Identity {
                     dns_capture: pod.dns_capture(),
+                    extent: pod.extent(),
                     uid: pod.runtime_uid,
                     service_account: pod.service_account,
                 }),

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use inpod_redirect::extent::{BYPASS_INBOUND, Extent, VIRTUAL_INTERFACES};
+
 use crate::cni::{DNS_CAPTURE, truth};
 
 use super::eligibility::{APP, CAPTURE_MODE, Candidate, DATAPLANE_MODE, SIDECAR_STATUS, Words};
@@ -89,7 +91,15 @@ impl KubernetesPod {
                 &metadata.labels,
                 &[DATAPLANE_MODE, CAPTURE_MODE, APP[0], APP[1]],
             ),
-            annotations: only(&metadata.annotations, &[SIDECAR_STATUS, DNS_CAPTURE]),
+            annotations: only(
+                &metadata.annotations,
+                &[
+                    SIDECAR_STATUS,
+                    DNS_CAPTURE,
+                    BYPASS_INBOUND,
+                    VIRTUAL_INTERFACES,
+                ],
+            ),
             service_account: spec
                 .and_then(|spec| spec.service_account_name.clone())
                 .filter(|name| !name.is_empty())
@@ -116,6 +126,13 @@ impl KubernetesPod {
     /// What it says of its DNS queries, if it says a truth value.
     pub(super) fn dns_capture(&self) -> Option<bool> {
         truth(self.annotations.get(DNS_CAPTURE)?)
+    }
+
+    /// What it says of how far its capture reaches; a truth value that is none says nothing.
+    pub(super) fn extent(&self) -> Extent {
+        let said = |key| self.annotations.get(key).map(String::as_str);
+        let bypass_inbound = said(BYPASS_INBOUND).and_then(truth);
+        Extent::of(bypass_inbound, said(VIRTUAL_INTERFACES))
     }
 
     /// What is judged of it.
@@ -310,6 +327,20 @@ mod tests {
             mirror.told.condition,
             Some((true, "Proven".to_owned(), String::new()))
         );
+    }
+
+    #[test]
+    fn how_far_a_capture_reaches_is_read() {
+        assert!(pod(object()).extent().is_usual());
+        let mut annotated = object();
+        annotated["metadata"]["annotations"] =
+            json!({BYPASS_INBOUND: "true", VIRTUAL_INTERFACES: "br0, br1", "other": "x"});
+        let annotated = pod(annotated);
+        assert_eq!(annotated.extent(), Extent::of(Some(true), Some("br0,br1")));
+        assert_eq!(annotated.annotations.len(), 2, "the rest does not count");
+        let mut wrong = object();
+        wrong["metadata"]["annotations"] = json!({BYPASS_INBOUND: "perhaps"});
+        assert!(pod(wrong).extent().is_usual());
     }
 
     #[test]

@@ -150,6 +150,7 @@ impl Source {
                     uid: pod.runtime_uid.clone(),
                     service_account: pod.service_account.clone(),
                     dns_capture: pod.dns_capture(),
+                    extent: pod.extent(),
                 }),
             };
             let admitted = admit(agent, &event, wanted).await?;
@@ -254,6 +255,7 @@ impl Source {
             network: String::new(),
             if_name: String::new(),
             dns_capture: pod.dns_capture(),
+            extent: pod.extent(),
         })
     }
 
@@ -333,5 +335,6 @@ fn again(known: &Pod, pod: &KubernetesPod) -> PodEvent {
         network: known.network.clone(),
         if_name: known.if_name.clone(),
         dns_capture: pod.dns_capture(),
+        extent: pod.extent(),
     }
 }

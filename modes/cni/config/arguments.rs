@@ -1,5 +1,7 @@
 //! `CNI_ARGS`: what the runtime, or whoever calls it, says about one sandbox.
 
+use inpod_redirect::extent::Extent;
+
 use super::{Captured, truth};
 use crate::cni::CniError;
 
@@ -18,9 +20,21 @@ pub struct CniArgs {
     pub capture: Option<Captured>,
     /// `AMBIDEX_DNS_CAPTURE`: a truth value.
     pub dns_capture: Option<bool>,
+    /// `AMBIDEX_BYPASS_INBOUND_CAPTURE`: a truth value.
+    pub bypass_inbound: Option<bool>,
+    /// `AMBIDEX_VIRTUAL_INTERFACES`: names, separated by commas.
+    pub virtual_interfaces: Option<String>,
 }
 
 impl CniArgs {
+    /// How far the pod's capture reaches; what is not said here is as it is annotated.
+    pub fn extent(&self, annotated: &Extent) -> Extent {
+        let bypass_inbound = self.bypass_inbound.unwrap_or(annotated.bypass_inbound);
+        let interfaces = annotated.virtual_interfaces.join(",");
+        let interfaces = self.virtual_interfaces.as_ref().unwrap_or(&interfaces);
+        Extent::of(Some(bypass_inbound), Some(interfaces))
+    }
+
     /// Parses `K=V;K=V`. An unknown key is an error unless `IgnoreUnknown` is `1` or `true`, as the specification's
     /// reference library has it.
     pub fn parse(text: &str) -> Result<Self, CniError> {
@@ -49,10 +63,17 @@ impl CniArgs {
                         _ => return Err(wrong(format!("{pair:?}: want labels or always"))),
                     });
                 }
-                "AMBIDEX_DNS_CAPTURE" => {
+                "AMBIDEX_DNS_CAPTURE" | "AMBIDEX_BYPASS_INBOUND_CAPTURE" => {
                     let said = truth(value);
-                    args.dns_capture =
-                        Some(said.ok_or_else(|| wrong(format!("{pair:?}: want true or false")))?);
+                    let said =
+                        said.ok_or_else(|| wrong(format!("{pair:?}: want true or false")))?;
+                    *match key {
+                        "AMBIDEX_DNS_CAPTURE" => &mut args.dns_capture,
+                        _ => &mut args.bypass_inbound,
+                    } = Some(said);
+                }
+                "AMBIDEX_VIRTUAL_INTERFACES" => {
+                    args.virtual_interfaces = Some(value.to_owned());
                 }
                 "K8S_POD_INFRA_CONTAINER_ID" => {}
                 other => unknown = Some(other),

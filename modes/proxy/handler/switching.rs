@@ -87,7 +87,9 @@ impl Workloads {
             pod.workload.clone()
         };
         let to = match (mode, add.netns) {
-            (Mode::Inpod, Some(netns)) => To::Inpod(self.attach(&workload, netns).await?),
+            (Mode::Inpod, Some(netns)) => {
+                To::Inpod(self.attach(&workload, netns, add.guests).await?)
+            }
             (Mode::Inpod, None) => {
                 return Err("in-pod capture needs the pod's network namespace".to_owned());
             }

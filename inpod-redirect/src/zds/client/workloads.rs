@@ -29,6 +29,7 @@ struct Running {
     mode: Mode,
     netns: Option<NetnsId>,
     addresses: Vec<IpAddr>,
+    guests: bool,
 }
 
 impl From<&Add> for Running {
@@ -37,6 +38,7 @@ impl From<&Add> for Running {
             mode: add.mode,
             netns: add.netns.as_ref().map(Netns::id),
             addresses: add.addresses.clone(),
+            guests: add.guests,
         }
     }
 }
@@ -334,6 +336,7 @@ fn checked(uid: Arc<str>, add: AddWorkload, fd: Option<OwnedFd>) -> Result<Add, 
         info,
         mode,
         addresses,
+        guests: add.guests,
         netns,
     })
 }

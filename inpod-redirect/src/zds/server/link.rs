@@ -299,6 +299,7 @@ impl Link {
                 true => encode_addresses(&add.addresses),
                 false => Vec::new(),
             },
+            guests: self.extension && add.guests,
         });
         let fd = add.netns.as_ref().map(Netns::as_fd);
         self.acknowledged(request, fd).await

@@ -19,6 +19,7 @@ fn zds_packets() {
         workload_info: Some(info()),
         capture_mode: CaptureMode::Node.into(),
         addresses: vec![vec![10, 0, 0, 1], vec![0; 16]],
+        guests: true,
     };
     let configure = ConfigureNode {
         flow: "hybrid".to_owned(),

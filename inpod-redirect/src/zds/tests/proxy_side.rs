@@ -190,6 +190,7 @@ async fn violations_are_refused_and_cost_nothing_but_the_connection() {
         workload_info: Some(info()),
         capture_mode: CaptureMode::Node.into(),
         addresses: vec![vec![10, 0, 0, 1]],
+        guests: false,
     });
     proxy.violates(&encoded(get_state), none).await;
     proxy.violates(&encoded(node_pod), none).await;

@@ -86,6 +86,14 @@ fn requests_of_the_extension() {
         Request::Add(add),
         "0a 1b 0a 02 75 31 12 0b 0a 01 6e 12 02 6e 73 1a 02 73 61 c0 3e 01 ca 3e 04 0a f4 01 04",
     );
+    let add = AddWorkload {
+        guests: true,
+        ..plain_add()
+    };
+    request(
+        Request::Add(add),
+        "0a 14 0a 02 75 31 12 0b 0a 01 6e 12 02 6e 73 1a 02 73 61 d0 3e 01",
+    );
     let del = DelWorkload {
         uid: "u1".to_owned(),
         drain_millis: Some(5000),
