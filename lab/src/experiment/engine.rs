@@ -115,7 +115,7 @@ pub struct Connection {
     pub from: String,
     /// The pod that it leads to.
     pub to: String,
-    /// Its own end, as its client knows it.
+    /// Its own end, as its client knows it; one that was not connected has no address of its own yet (0.0.0.0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<SocketAddr>,
     /// When it began.

@@ -1,7 +1,7 @@
 //! What held: records of the load, packets and access logs against what has to be so.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -125,6 +125,12 @@ impl Seen<'_> {
         [&connection.from, &connection.to].map(|pod| self.stood(pod, connection.begun_us, opened))
     }
 
+    /// The client's end, with the address of its pod.
+    fn local(&self, connection: &Connection) -> Option<SocketAddr> {
+        let port = connection.local?.port();
+        Some((self.address(&connection.from)?, port).into())
+    }
+
     fn is_outside(&self, connection: &Connection) -> bool {
         self.ends(connection) != [Stands::Inside; 2]
     }
@@ -161,7 +167,7 @@ impl Seen<'_> {
                 Stands::Outside => Wanted::None,
             });
             Some(Expected {
-                from: connection.local?,
+                from: self.local(connection)?,
                 to: self.address(&connection.to)?,
                 entries,
             })
@@ -174,7 +180,8 @@ impl Seen<'_> {
         let pods = self.pods();
         let mut by_tuple: BTreeMap<(IpAddr, u16, IpAddr), Vec<&Connection>> = BTreeMap::new();
         for connection in &self.records.connections {
-            if let (Some(local), Some(to)) = (connection.local, self.address(&connection.to)) {
+            if let (Some(local), Some(to)) = (self.local(connection), self.address(&connection.to))
+            {
                 let tuple = (local.ip(), local.port(), to);
                 by_tuple.entry(tuple).or_default().push(connection);
             }

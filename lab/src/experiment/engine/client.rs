@@ -187,6 +187,8 @@ impl<'a> Conversation<'a> {
         let mut last = (Saw::Other, "no port is free".to_owned());
         for _ in 0..TRIES {
             let local: SocketAddr = (Ipv4Addr::UNSPECIFIED, self.engine.port()).into();
+            // Known by its port also when it comes to nothing.
+            self.seen.local = Some(local);
             let begin = || -> io::Result<TcpSocket> {
                 let socket = TcpSocket::new_v4()?;
                 socket.set_reuseaddr(true)?;
