@@ -34,8 +34,8 @@ fn open_both_ways(scene: &Scene, peers: &[&str]) -> Vec<Talk> {
         let peer = peers[at % peers.len()];
         let idle = at % 4 < 2;
         let to = |target: &str| SocketAddr::from((scene.ip(target), PORT));
-        talks.push(Talk::open(scene, SUBJECT, to(peer), idle));
-        talks.push(Talk::open(scene, peer, to(SUBJECT), idle));
+        talks.push(Talk::open(&scene.lab, SUBJECT, to(peer), idle));
+        talks.push(Talk::open(&scene.lab, peer, to(SUBJECT), idle));
     }
     talks
 }
@@ -113,7 +113,7 @@ fn connections_of_a_running_pod_go_on(#[values(NodeHybrid, NodeTunnel, Inpod)] v
     lab.del_pod(SUBJECT).unwrap();
     let apart = dumps(lab, &places);
     let all = ["plain1", "plain2", "pod2-1", SUBJECT];
-    let _servers = all.map(|target| Echo::start(&scene, target));
+    let _servers = all.map(|target| Echo::start(&scene.lab, target));
     let each = 2 * EACH_WAY as u64;
 
     let before = open_both_ways(&scene, &["plain1", "plain2"]);
@@ -127,7 +127,7 @@ fn connections_of_a_running_pod_go_on(#[values(NodeHybrid, NodeTunnel, Inpod)] v
     // A probe of the node's is none of them.
     let node = scene.node_of(SUBJECT);
     let probe = Talk::open(
-        &scene,
+        &scene.lab,
         &format!("node{node}"),
         (scene.ip(SUBJECT), PORT).into(),
         true,
@@ -198,7 +198,7 @@ fn draining_ends(
     let places = [SUBJECT, "node1", "proxy1"];
     lab.del_pod(SUBJECT).unwrap();
     let apart = dumps(lab, &places);
-    let _servers = ["plain2", SUBJECT].map(|target| Echo::start(&scene, target));
+    let _servers = ["plain2", SUBJECT].map(|target| Echo::start(&scene.lab, target));
     let before = open_both_ways(&scene, &["plain2"]);
     enrol(&scene);
     let captured = open_both_ways(&scene, &["plain2"]);
@@ -224,12 +224,12 @@ fn killed_while_it_lets_a_pod_go(#[values(NodeHybrid, Inpod)] variant: Variant) 
     let places = [SUBJECT, "node1", "proxy1"];
     lab.del_pod(SUBJECT).unwrap();
     let apart = dumps(lab, &places);
-    let _servers = ["pod2-1", "plain2", SUBJECT].map(|target| Echo::start(&scene, target));
+    let _servers = ["pod2-1", "plain2", SUBJECT].map(|target| Echo::start(&scene.lab, target));
     let uid = scene.pod(SUBJECT).uid;
     let namespace = scene.pod(SUBJECT).namespace;
     let both_ways = |peer| {
         [(SUBJECT, peer), (peer, SUBJECT)]
-            .map(|(from, to)| Talk::open(&scene, from, (scene.ip(to), PORT).into(), false))
+            .map(|(from, to)| Talk::open(&scene.lab, from, (scene.ip(to), PORT).into(), false))
     };
     let mut captured = Vec::new();
     let mut ends = [0, 0];

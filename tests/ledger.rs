@@ -33,8 +33,8 @@ fn at(scene: &Scene, target: &str) -> SocketAddr {
 fn both_ways(scene: &Scene) -> Vec<Talk> {
     let mut talks = Vec::new();
     for peer in PEERS {
-        talks.push(Talk::open(scene, SUBJECT, at(scene, peer), false));
-        talks.push(Talk::open(scene, peer, at(scene, SUBJECT), true));
+        talks.push(Talk::open(&scene.lab, SUBJECT, at(scene, peer), false));
+        talks.push(Talk::open(&scene.lab, peer, at(scene, SUBJECT), true));
     }
     talks
 }
@@ -126,7 +126,7 @@ fn it_adds_up_with_connection_tracking() {
     let _servers: Vec<_> = [&[SUBJECT][..], &PEERS]
         .concat()
         .iter()
-        .map(|target| Echo::start(&scene, target))
+        .map(|target| Echo::start(&scene.lab, target))
         .collect();
     let talks = both_ways(&scene);
     let done = AtomicBool::new(false);
@@ -140,7 +140,7 @@ fn it_adds_up_with_connection_tracking() {
             let (scene, done) = (&scene, &done);
             scope.spawn(move || {
                 while !done.load(Ordering::Relaxed) {
-                    drop(Talk::open(scene, from, at(scene, to), false));
+                    drop(Talk::open(&scene.lab, from, at(scene, to), false));
                 }
             });
         }
@@ -217,7 +217,7 @@ fn it_says_what_became_of_those_that_were_kept() {
     let _servers: Vec<_> = [&[SUBJECT][..], &PEERS]
         .concat()
         .iter()
-        .map(|target| Echo::start(&scene, target))
+        .map(|target| Echo::start(&scene.lab, target))
         .collect();
     let mut talks = both_ways(&scene);
     let all = talks.len() as u64;
@@ -272,7 +272,7 @@ fn it_says_what_became_of_those_that_were_kept() {
         (&"node".into(), &"none".into())
     );
     assert_eq!(states(&gone), [0, 0, 5], "{gone:#}");
-    let outside = Talk::open(&scene, SUBJECT, at(&scene, "pod2-1"), true);
+    let outside = Talk::open(&scene.lab, SUBJECT, at(&scene, "pod2-1"), true);
     ambidex(lab, &format!("enrol {name} --netns {}", netns.display())).with_code(0);
     // Its name is all that is known of it: with another UID it is another pod.
     let enrolled = last();

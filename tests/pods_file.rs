@@ -75,9 +75,9 @@ fn a_pod_is_what_the_file_says() {
     lab.del_pod(SUBJECT).unwrap();
     let places = [SUBJECT, "node1", "proxy1"];
     let apart = dumps(lab, &places);
-    let _servers = ["plain1", "pod2-1", "pod2-2"].map(|target| Echo::start(&scene, target));
+    let _servers = ["plain1", "pod2-1", "pod2-2"].map(|target| Echo::start(&scene.lab, target));
     let to = |target: &str| (scene.ip(target), PORT).into();
-    let open = |target: &str| Talk::open(&scene, SUBJECT, to(target), false);
+    let open = |target: &str| Talk::open(&scene.lab, SUBJECT, to(target), false);
     let before = [open("plain1")];
 
     write(&file, &naming(&scene, "inpod"));

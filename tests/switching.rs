@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::{Scene, eventually, own, spec};
-use lab::topology::Mode;
+use lab::topology::{InpodRules, LabSpec, Mode, NodeFlow};
+use rstest::rstest;
 use runtime::{ambidex, assert_same, dumps, pods};
 use serde_json::Value;
 use talk::{Echo, PATIENCE, PORT, Talk, assert_alive, message};
@@ -36,8 +37,8 @@ fn open_both_ways(scene: &Scene) -> Vec<Talk> {
     for number in 0..EACH * PEERS.len() {
         let peer = PEERS[number % PEERS.len()];
         let idle = (number / PEERS.len()).is_multiple_of(2);
-        talks.push(Talk::open(scene, SUBJECT, at(scene, peer), idle));
-        talks.push(Talk::open(scene, peer, at(scene, SUBJECT), idle));
+        talks.push(Talk::open(&scene.lab, SUBJECT, at(scene, peer), idle));
+        talks.push(Talk::open(&scene.lab, peer, at(scene, SUBJECT), idle));
     }
     talks
 }
@@ -112,7 +113,7 @@ fn a_pod_changes_its_capture_under_load() {
     let everybody = [&[SUBJECT][..], &PEERS[..]].concat();
     let _servers: Vec<_> = everybody
         .iter()
-        .map(|target| Echo::start(&scene, target))
+        .map(|target| Echo::start(&scene.lab, target))
         .collect();
     let mut talks = open_both_ways(&scene);
     let ends = AtomicBool::new(false);
@@ -182,4 +183,51 @@ fn what_is_new_goes_by_the_new_capture() {
         let namespace = scene.pod(SUBJECT).namespace;
         ambidex(&scene.lab, &format!("verify {namespace}/{SUBJECT}")).with_code(0);
     }
+}
+
+/// Where it is not proven that open connections survive, the change is refused with the way out, and nothing is changed.
+#[rstest]
+#[case::only_one_capture(Mode::Node, NodeFlow::Hybrid, InpodRules::Redirect, "--mode mixed")]
+#[case::tunnel(
+    Mode::Mixed,
+    NodeFlow::Tunnel,
+    InpodRules::Redirect,
+    "--node-flow hybrid"
+)]
+#[case::tproxy(
+    Mode::Mixed,
+    NodeFlow::Hybrid,
+    InpodRules::Tproxy,
+    "--inpod-rules redirect"
+)]
+#[case::nftables(
+    Mode::Mixed,
+    NodeFlow::Hybrid,
+    InpodRules::Nftables,
+    "--inpod-rules redirect"
+)]
+fn what_is_not_proven_is_refused(
+    #[case] mode: Mode,
+    #[case] node_flow: NodeFlow,
+    #[case] inpod_rules: InpodRules,
+    #[case] way_out: &str,
+) {
+    let scene = own(&LabSpec {
+        node_flow,
+        inpod_rules,
+        ..spec(mode)
+    });
+    let places = [SUBJECT, "node1", "proxy1"];
+    let before = dumps(&scene.lab, &places);
+    let pod = scene.pod(SUBJECT);
+    let command = format!("mode set {}/{SUBJECT} inpod", pod.namespace);
+    let said = ambidex(&scene.lab, &command);
+    assert_eq!(said.code, 1, "{}{}", said.stdout, said.stderr);
+    assert!(said.stderr.contains(way_out), "{}", said.stderr);
+    assert_same(
+        "the change was refused",
+        &before,
+        &dumps(&scene.lab, &places),
+    );
+    assert_eq!(subject(&scene)["mode"], "node");
 }

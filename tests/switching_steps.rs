@@ -181,8 +181,8 @@ fn talks(scene: &Scene) -> Vec<Talk> {
     let at = |target: &str| SocketAddr::from((scene.ip(target), PORT));
     let both = |peer: &&'static str| {
         [
-            Talk::open(scene, SUBJECT, at(peer), true),
-            Talk::open(scene, peer, at(SUBJECT), false),
+            Talk::open(&scene.lab, SUBJECT, at(peer), true),
+            Talk::open(&scene.lab, peer, at(SUBJECT), false),
         ]
     };
     PEERS.iter().flat_map(both).collect()
@@ -209,7 +209,7 @@ fn a_pod_ends_in_a_proven_capture() {
     let _servers: Vec<_> = [&[SUBJECT][..], &PEERS]
         .concat()
         .iter()
-        .map(|target| Echo::start(scene, target))
+        .map(|target| Echo::start(&scene.lab, target))
         .collect();
     for (step, fault) in table() {
         for from in ["node", "inpod"] {

@@ -26,7 +26,7 @@ use super::plans::announcement;
 use super::pods::Leaving;
 use super::timings::micros;
 use super::{Agent, NotFound, Pod, PodState};
-use crate::options::{Capture, NodeFlow};
+use crate::options::{Capture, InpodRules, NodeFlow};
 use crate::unix_http::Answer;
 use steps::Step;
 
@@ -213,6 +213,11 @@ impl Agent {
             self.config.variant.node_flow == NodeFlow::Hybrid,
             "with --node-flow {} a pod's open connections would not survive: start the agent with --node-flow hybrid",
             self.config.variant.node_flow
+        );
+        ensure!(
+            self.config.variant.inpod_rules == InpodRules::Redirect,
+            "with --inpod-rules {} a pod's open connections might not survive: start the agent with --inpod-rules redirect",
+            self.config.variant.inpod_rules
         );
         ensure!(
             self.closings.finding(&pod.uid).is_none(),

@@ -16,6 +16,9 @@ mod removal;
 mod report;
 mod set_up;
 mod suite;
+mod switching;
+#[path = "../talk/mod.rs"]
+mod talk;
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -11,16 +11,19 @@ use lab::standing::{self, Captured, ScopedLab};
 use lab::topology::{LabSpec, Mode, NodeFlow, Overlay, Programs};
 
 use crate::report::{Report, TestReport};
-use crate::{absent, flows, golden, removal, set_up};
+use crate::{absent, flows, golden, removal, set_up, switching};
 
 /// A test: its name, and what it does with the suite.
 pub type Test = (&'static str, fn(&mut Suite) -> Result<()>);
 
 /// All tests in the order in which they run. The first one needs a machine that has not loaded geneve yet.
-pub const TESTS: [Test; 8] = [
+pub const TESTS: [Test; 10] = [
     ("geneve::absent_is_one_sentence", absent::one_sentence),
     ("geneve::set_up_dump_hybrid", |suite| {
         set_up::dump(suite, NodeFlow::Hybrid)
+    }),
+    ("geneve::listings_hybrid", |suite| {
+        golden::listings(suite, NodeFlow::Hybrid)
     }),
     ("geneve::four_flows_hybrid", |suite| {
         flows::four(suite, NodeFlow::Hybrid)
@@ -28,10 +31,16 @@ pub const TESTS: [Test; 8] = [
     ("geneve::removal_hybrid", |suite| {
         removal::leaves_nothing(suite, NodeFlow::Hybrid)
     }),
+    (
+        "geneve::open_connections_go_on",
+        switching::open_connections_go_on,
+    ),
     ("geneve::set_up_dump_tunnel", |suite| {
         set_up::dump(suite, NodeFlow::Tunnel)
     }),
-    ("geneve::listings_tunnel", golden::tunnel),
+    ("geneve::listings_tunnel", |suite| {
+        golden::listings(suite, NodeFlow::Tunnel)
+    }),
     ("geneve::four_flows_tunnel", |suite| {
         flows::four(suite, NodeFlow::Tunnel)
     }),
@@ -141,6 +150,12 @@ impl Suite {
         }
     }
 
+    /// The programs under test, for a lab of its own. No other lab stands beside it.
+    pub fn programs(&mut self) -> Programs {
+        self.lab = None;
+        self.programs.clone()
+    }
+
     /// Takes the lab with this flow, to remove it.
     pub fn take_lab(&mut self, flow: NodeFlow) -> Result<ScopedLab> {
         self.lab(flow)?;
@@ -165,7 +180,8 @@ impl Suite {
     }
 }
 
-fn build(spec: &LabSpec) -> Result<ScopedLab, String> {
+/// Builds a lab.
+pub fn build(spec: &LabSpec) -> Result<ScopedLab, String> {
     standing::up(spec, &|line| println!("{line}"))
         .map(standing::Lab::scoped)
         .map_err(|error| format!("{error:#}"))

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::harness::Scene;
+use lab::standing::Lab;
 
 /// Where the applications listen.
 pub const PORT: u16 = 8097;
@@ -24,8 +24,8 @@ pub struct Echo {
 }
 
 impl Echo {
-    pub fn start(scene: &Scene, target: &str) -> Self {
-        let netns = scene.lab.netns(target).unwrap();
+    pub fn start(lab: &Lab, target: &str) -> Self {
+        let netns = lab.netns(target).unwrap();
         let listener = netns.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)));
         let listener = listener.unwrap().unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -77,9 +77,9 @@ pub struct Talk {
 
 impl Talk {
     /// Opens a connection and sends a message. An idle one speaks again when it is asked to, others all the time.
-    pub fn open(scene: &Scene, from: &str, to: SocketAddr, idle: bool) -> Self {
+    pub fn open(lab: &Lab, from: &str, to: SocketAddr, idle: bool) -> Self {
         let what = format!("{} from {from} to {to}", if idle { "idle" } else { "busy" });
-        let netns = scene.lab.netns(from).unwrap();
+        let netns = lab.netns(from).unwrap();
         let stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE));
         let mut stream = stream.unwrap().unwrap_or_else(|e| panic!("{what}: {e}"));
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
