@@ -1,6 +1,10 @@
 //! What real programs with long-lived connections see of a pod that changes its capture: Redis and PostgreSQL, as servers in
 //! that pod and as clients there.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "applications of a test, no part of the proxy"
+)]
 
 mod harness;
 mod runtime;
