@@ -31,10 +31,7 @@ pub const TESTS: [Test; 10] = [
     ("geneve::removal_hybrid", |suite| {
         removal::leaves_nothing(suite, NodeFlow::Hybrid)
     }),
-    (
-        "geneve::open_connections_go_on",
-        switching::open_connections_go_on,
-    ),
+    (OF_ALL, switching::open_connections_go_on),
     ("geneve::set_up_dump_tunnel", |suite| {
         set_up::dump(suite, NodeFlow::Tunnel)
     }),
@@ -48,6 +45,9 @@ pub const TESTS: [Test; 10] = [
         removal::leaves_nothing(suite, NodeFlow::Tunnel)
     }),
 ];
+
+/// Run with `AMBIDEX_TEST_SUITE=all` only: it needs a lab of its own.
+pub const OF_ALL: &str = "geneve::open_connections_go_on";
 
 /// Name of the lab: always the same, so that labs with and without capture can be compared.
 const LAB: &str = "gnv";

@@ -52,8 +52,10 @@ pub fn open_connections_go_on(suite: &mut Suite) -> Result<()> {
     };
     for to in CHANGES {
         let arguments = ["mode", "set", &name, to, "--drain", "10m"];
-        let said = ambidex_in(&lab, "node1", &arguments)?.success("mode set")?;
-        println!("{}", said.stdout.trim_end());
+        let said = ambidex_in(&lab, "node1", &arguments)?;
+        let told = format!("{}{}", said.stdout, said.stderr);
+        println!("{}", told.trim_end());
+        said.success("mode set").context(told)?;
         assert_alive(&format!("captured by {to}"), &talks);
         talks.extend((0..2 * PEERS.len()).map(open).collect::<Result<Vec<_>>>()?);
     }
