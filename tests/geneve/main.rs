@@ -17,6 +17,7 @@ mod report;
 mod set_up;
 mod suite;
 mod switching;
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 #[path = "../talk/mod.rs"]
 mod talk;
 

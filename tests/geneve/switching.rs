@@ -37,8 +37,8 @@ pub fn open_connections_go_on(suite: &mut Suite) -> Result<()> {
     let subject = at(SUBJECT)?;
     let open = |number: usize| -> Result<Talk> {
         let peer = PEERS[number / 2 % PEERS.len()];
-        let idle = number / (2 * PEERS.len()) % 2 == 0;
-        Ok(if number % 2 == 0 {
+        let idle = (number / (2 * PEERS.len())).is_multiple_of(2);
+        Ok(if number.is_multiple_of(2) {
             Talk::open(&lab, SUBJECT, at(peer)?, idle)
         } else {
             Talk::open(&lab, peer, subject, idle)

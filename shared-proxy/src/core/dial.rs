@@ -3,7 +3,6 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::pin::pin;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::delays::Subject;
+use super::recapture::Own;
 use super::{Attachment, Shared};
 use crate::capture::{HBONE_PORT, OnBehalfOf};
 use crate::telemetry::{Direction, Step};
@@ -145,19 +145,20 @@ async fn connect_known(
     to: SocketAddr,
     direction: Direction,
 ) -> io::Result<TcpStream> {
+    let (own, same) = Own::of(&socket)?;
     let bound = socket.local_addr().ok().filter(|from| from.port() != 0);
     if let Some(from) = bound {
-        core.own_connections.opens(direction, from, to);
+        core.own_connections.opens(direction, from, to, own);
         return socket.connect(to).await;
     }
     // The kernel chooses the port when it sends the first packet.
-    let same = socket.as_fd().try_clone_to_owned();
     let mut connecting = pin!(socket.connect(to));
     let begun = poll_fn(|context| Poll::Ready(connecting.as_mut().poll(context))).await;
-    let from = same.and_then(|same| SockRef::from(&same).local_addr());
+    let from = SockRef::from(&same).local_addr();
     if let Some(from) = from.ok().and_then(|from| from.as_socket()) {
-        core.own_connections.opens(direction, from, to);
+        core.own_connections.opens(direction, from, to, own);
     }
+    drop(same);
     match begun {
         Poll::Ready(connected) => connected,
         Poll::Pending => connecting.await,
