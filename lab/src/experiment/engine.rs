@@ -5,7 +5,7 @@
 //! once more and ends them (answer: `finished`). It says `listening` at first and ends with its input. What became of each
 //! connection goes into a file, one [`Record`] a line.
 //!
-//! On a connection the client says a [`Hello`], then messages of one size, each of which the server answers with as many
+//! On a connection the client says a `Hello`, then messages of one size, each of which the server answers with as many
 //! bytes. Both compare all that they hear with the [`Pattern`](super::pattern::Pattern) of the connection.
 
 mod client;
