@@ -150,7 +150,7 @@ kind: Experiment
 metadata: {name: broken}
 lab: {podsPerNode: 2}
 load:
-  forSeconds: 12
+  forSeconds: 22
   patienceSeconds: 5
   longLived: {connections: 16, idleShare: 0.5, everySeconds: 0.2}
   new: {perSecond: 10}

@@ -78,7 +78,7 @@ impl Lab {
         let child = process::spawn_detached(&netns, &command, &self.log_path(node, daemon))?;
         let process = i32::try_from(child.id()).ok().and_then(Process::of_pid);
         let process = process
-            .with_context(|| format!("{name} ended at once{}", self.log_end(node, daemon)))?;
+            .with_context(|| format!("{name} does not run{}", self.log_end(node, daemon)))?;
         self.change_record(|record| {
             record.processes.insert(name, process);
         })
