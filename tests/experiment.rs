@@ -150,10 +150,10 @@ kind: Experiment
 metadata: {name: broken}
 lab: {podsPerNode: 2}
 load:
-  forSeconds: 22
+  forSeconds: 14
   patienceSeconds: 5
   longLived: {connections: 16, idleShare: 0.5, everySeconds: 0.2}
-  new: {perSecond: 10}
+  new: {perSecond: 100}
   pairs:
   - {from: pod1-2, to: pod2-1}
   - {from: pod2-2, to: pod1-1}
