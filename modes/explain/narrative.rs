@@ -53,13 +53,7 @@ pub(crate) fn tell(explanation: &Explanation, observed: &dyn Observed) -> String
     let mut out = String::new();
     let _ = writeln!(out, "{}", explanation.heading());
     for (number, leg) in explanation.legs.iter().enumerate() {
-        let _ = writeln!(
-            out,
-            "\n{}  {}   [{}]",
-            number + 1,
-            leg.title,
-            leg.connection
-        );
+        let _ = writeln!(out, "\n{}", leg.heading(number));
         let Some((index, walk)) = followed(leg, number, observed) else {
             continue;
         };

@@ -11,13 +11,7 @@ pub fn table(explanation: &Explanation, wide: bool) -> String {
     let mut out = String::new();
     let _ = writeln!(out, "{}", explanation.heading());
     for (number, leg) in explanation.legs.iter().enumerate() {
-        let _ = writeln!(
-            out,
-            "\n{}  {}   [{}]",
-            number + 1,
-            leg.title,
-            leg.connection
-        );
+        let _ = writeln!(out, "\n{}", leg.heading(number));
         for walk in &leg.walks {
             let _ = writeln!(out, "  {}: {}", phase(&walk.phase), walk.ends);
             let rows: Vec<[String; 6]> = walk

@@ -92,6 +92,13 @@ pub struct Leg {
     pub decision: Option<Decision>,
 }
 
+impl Leg {
+    /// Its line above what is told of it; legs are counted from 0.
+    pub(crate) fn heading(&self, number: usize) -> String {
+        format!("{}  {}   [{}]", number + 1, self.title, self.connection)
+    }
+}
+
 /// What begins a leg.
 #[derive(Debug, Clone)]
 struct Start {

@@ -16,13 +16,7 @@ pub fn table(trace: &Trace, wide: bool) -> String {
     let mut out = String::new();
     let _ = writeln!(out, "{}", explanation.heading());
     for (number, leg) in explanation.legs.iter().enumerate() {
-        let _ = writeln!(
-            out,
-            "\n{}  {}   [{}]",
-            number + 1,
-            leg.title,
-            leg.connection
-        );
+        let _ = writeln!(out, "\n{}", leg.heading(number));
         let walks = trace.seen.get(number).into_iter().flatten();
         for (walk, seen) in leg.walks.iter().zip(walks) {
             let spared = if seen.spared {

@@ -58,14 +58,7 @@ impl Tap {
         let stderr = child.stderr.take();
         let running = Running::new(child);
         let said = said.with_context(|| format!("tcpdump on {label}"))?;
-        let stderr = std::thread::spawn(move || {
-            let mut text = said;
-            if let Some(mut stderr) = stderr {
-                // What was read until an error is judged as all that there is.
-                let _ = stderr.read_to_string(&mut text);
-            }
-            text
-        });
+        let stderr = all_that_it_says(said, stderr);
         Ok(Self {
             label,
             file,
@@ -96,6 +89,21 @@ impl Tap {
         std::fs::remove_file(&self.file)?;
         Ok(Heard { capture, dropped })
     }
+}
+
+/// What tcpdump says until it ends, after what it has said.
+pub(crate) fn all_that_it_says(
+    said: String,
+    stderr: Option<std::process::ChildStderr>,
+) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut text = said;
+        if let Some(mut stderr) = stderr {
+            // What was read until an error is judged as all that there is.
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text
+    })
 }
 
 /// Reads what tcpdump says until it listens.

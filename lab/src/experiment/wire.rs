@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::CLIENT_PORTS;
 use crate::bench::load::Running;
-use crate::bench::tap::{DRAIN, dropped, until_it_listens};
+use crate::bench::tap::{DRAIN, all_that_it_says, dropped, until_it_listens};
 use crate::topology::{APPLICATION_PORT, CLUSTER_CIDR};
 
 /// Port of tunnels.
@@ -155,14 +155,7 @@ impl Listener {
             let heard = Arc::clone(&heard);
             move || listen(stdout, &heard)
         });
-        let stderr = std::thread::spawn(move || {
-            let mut text = said;
-            if let Some(mut stderr) = stderr {
-                // What was read until an error is judged as all that there is.
-                let _ = stderr.read_to_string(&mut text);
-            }
-            text
-        });
+        let stderr = all_that_it_says(said, stderr);
         Ok(Self {
             device: label,
             place,
